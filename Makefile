@@ -1,0 +1,66 @@
+# `make` lists the targets. DEVICE=gpu uses the GPU lock; PORT is where `make ui` listens.
+DEVICE ?= cpu
+PYTHON ?= python3.11
+PORT ?= 5000
+STAGE ?=
+LOCK := requirements/$(DEVICE).lock
+BIN := .venv/bin
+STAMP := .venv/installed.sha256
+UV := .slipstream/uv/bin/uv
+COMPILE = $(UV) pip compile -q pyproject.toml --extra dev --override requirements/overrides.txt \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check format-and-types lock ui chat export clean-work
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: ## create .venv with exactly the packages of the lock (DEVICE=cpu or gpu)
+	@test -f $(LOCK) || { echo "DEVICE=$(DEVICE): there is no $(LOCK)" >&2; exit 2; }
+	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
+	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$$(sha256sum < $(LOCK))" ]; then \
+		rm -f $(STAMP); \
+		echo "installing $$(grep -c '^[a-zA-Z0-9]' $(LOCK)) pinned packages of $(LOCK), about 2-4 minutes"; \
+		$(BIN)/python -m pip install -qq --no-deps -r $(LOCK) && sha256sum < $(LOCK) > $(STAMP); \
+	fi
+
+run: setup ## bring the whole pipeline (or STAGE=name) up to date and show the result
+	@$(BIN)/python -m stages.check_params
+	@$(BIN)/python -m flows.dvc $(STAGE)
+	@$(BIN)/python -m stages.report
+
+test: setup format-and-types ## everything CI runs
+	$(BIN)/python -m pytest -q tests/unit tests/architecture tests/integration tests/tools
+
+check: setup format-and-types ## the fast part of `make test`
+	$(BIN)/python -m pytest -q tests/unit tests/architecture
+
+format-and-types:
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(UV):
+	$(PYTHON) -m venv .slipstream/uv
+	.slipstream/uv/bin/python -m pip install -qq uv
+
+lock: $(UV) ## pin every package anew, after a change of pyproject.toml
+	UV_FIND_LINKS=$${UV_FIND_LINKS:-$$PIP_FIND_LINKS} $(COMPILE) --extra cpu -o requirements/cpu.lock
+	$(COMPILE) --extra gpu -o requirements/gpu.lock
+
+ui: setup ## MLflow's page on http://127.0.0.1:PORT
+	@$(BIN)/python -c 'from stages.common.tracking_store import connect, prepare_library; prepare_library(); connect()'
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true MLFLOW_MODEL_CATALOG_URI= \
+		$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db \
+		--artifacts-destination $(CURDIR)/mlruns --host 127.0.0.1 --port $(PORT) --workers 1
+
+chat: setup ## talk to the policy
+	@$(BIN)/python -m stages.chat
+
+export: setup ## write the policy as a plain model folder
+	@$(BIN)/python -m stages.export
+
+clean-work: ## forget what interrupted stages would resume from
+	rm -rf .slipstream/work

@@ -1,0 +1,64 @@
+"""`python -m stages.check_params`: every section of params.yaml, before anything runs."""
+
+from stages.common.config import load_section
+from stages.common.entry import run_entry
+from stages.common.errors import SettingError
+from stages.common.tracking import TrackingConfig
+from stages.data.config import DataConfig
+from stages.generation.config import GenerationConfig
+from stages.judge.config import JudgeConfig
+from stages.models.config import ModelConfig
+from stages.reward.config import PairsConfig, RewardConfig
+from stages.rl.config import RlConfig
+from stages.sft.config import SftConfig
+
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "generation": GenerationConfig,
+    "sft": SftConfig,
+    "pairs": PairsConfig,
+    "reward": RewardConfig,
+    "rl": RlConfig,
+    "judge": JudgeConfig,
+    "tracking": TrackingConfig,
+}
+
+
+def main() -> None:
+    """Report every wrong setting of all sections at once."""
+    problems: list[str] = []
+    for name, section in SECTIONS.items():
+        try:
+            load_section(name, section)
+        except SettingError as error:
+            problems += str(error).splitlines()
+    if not problems:
+        problems = _check_combinations()
+    if problems:
+        raise SettingError("\n".join(dict.fromkeys(problems)))
+
+
+def _check_combinations() -> list[str]:
+    """What two sections must agree on."""
+    data = load_section("data", DataConfig)
+    generation = load_section("generation", GenerationConfig)
+    rl = load_section("rl", RlConfig)
+    problems = []
+    if rl.num_eval_prompts > data.num_validation_prompts:
+        problems.append(
+            f"rl.num_eval_prompts={rl.num_eval_prompts} exceeds "
+            f"data.num_validation_prompts={data.num_validation_prompts}"
+        )
+    longest = generation.max_prompt_tokens + generation.max_new_tokens
+    max_tokens = load_section("reward", RewardConfig).max_tokens
+    if max_tokens < longest:
+        problems.append(
+            f"reward.max_tokens={max_tokens} is below generation.max_prompt_tokens + generation.max_new_tokens "
+            f"= {longest}: the reward model would score completions longer than it was trained on"
+        )
+    return problems
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,89 @@
+"""`make export`: the policy as a folder that transformers, vLLM and a model hub accept."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stages.common.config import PARAMS, load_section
+from stages.common.entry import run_entry
+from stages.common.errors import InputError
+from stages.common.pipeline import read_out_hashes
+from stages.common.publish import staging_directory
+from stages.common.version import git_commit
+from stages.generation.config import GenerationConfig
+from stages.models.config import ModelConfig
+from stages.release.model_card import MARK, render_model_card
+
+POLICY = Path("artifacts/policy")
+METRICS = Path("metrics")
+DEFAULT_TARGET = Path("exported/policy")
+CARD = "README.md"
+
+
+def main() -> None:
+    """artifacts/policy -> a Hugging Face directory at `--to`, whole or not at all."""
+    parser = argparse.ArgumentParser(prog="python -m stages.export", description=__doc__)
+    parser.add_argument("--to", type=Path, default=DEFAULT_TARGET, help=f"folder to write (default: {DEFAULT_TARGET})")
+    export_policy(parser.parse_args().to)
+
+
+def export_policy(target: Path) -> None:
+    """Write the export; an earlier one at the same place is replaced.
+
+    Raises:
+        InputError: there is no policy, or something that is no export lies at `target`.
+        SettingError: params.yaml is wrong.
+    """
+    generation = load_section("generation", GenerationConfig)
+    model = load_section("model", ModelConfig)
+    if not POLICY.is_dir():
+        raise InputError(f"{POLICY}: no such model; run `make run` first")
+    target = target.resolve()
+    _require_replaceable(target)
+    from stages.models.load import load_tokenizer, require_model_directory
+
+    require_model_directory(POLICY)
+    load_tokenizer(POLICY)  # says so if it is not readable
+    card = render_model_card(
+        model, PARAMS.read_text(encoding="utf-8"), _read_metrics(), read_out_hashes(), git_commit()
+    )
+    with staging_directory(target) as staged:
+        shutil.copytree(POLICY, staged, dirs_exist_ok=True)
+        _write_sampling_settings(staged, generation)
+        (staged / CARD).write_text(card, encoding="utf-8")
+
+
+def _require_replaceable(target: Path) -> None:
+    """Refuse to replace a folder that is not an earlier export: a typo must not delete work."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    card = target / CARD
+    if not card.is_file() or MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"--to {target}: exists and is no earlier export; choose another folder or remove it")
+
+
+def _write_sampling_settings(directory: Path, config: GenerationConfig) -> None:
+    from transformers import GenerationConfig as SamplingSettings
+
+    settings = SamplingSettings.from_pretrained(directory)
+    # top_p and top_k are said although they change nothing: other programs' defaults would cut the distribution.
+    settings.update(
+        do_sample=True,
+        temperature=config.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=config.max_new_tokens,
+    )
+    # Marked as derived from config.json, where these settings are not, it would be derived anew.
+    settings._from_model_config = False
+    settings.save_pretrained(directory)
+
+
+def _read_metrics() -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(METRICS.glob("*.json"))}
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,146 @@
+"""Policy and SFT model sample the same held-out prompts with the same seeds, and are measured on the samples."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stages.common.errors import InputError
+from stages.data.records import Completion, Prompt
+from stages.data.text import TokenSequence
+from stages.generation.config import GenerationConfig
+from stages.generation.protocol import Generator, Request, SamplingPlan
+from stages.generation.requests import make_requests
+from stages.generation.start import start_generator
+from stages.judge.config import JudgeConfig
+from stages.learner.engine import select_device
+from stages.learner.measure import Predictions, predict_completions, sum_kl, sum_logprobs
+from stages.models.load import freeze, load_policy, load_tokenizer, move, require_model_directory
+
+Columns = dict[str, list[float]]
+"""Columns of a samples file besides the completions: one number per completion, in nats."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two model directories that are compared."""
+
+    sft: Path
+    """The model the policy was trained from; its tokenizer is used."""
+    policy: Path
+    policy_version: int
+    """Updates applied to the policy."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What both models produced; `sft[i]` and `policy[i]` share prompt, sample index and seed."""
+
+    sft: list[Completion]
+    policy: list[Completion]
+    num_prompts: int
+    num_prompts_too_long: int
+
+    def metrics(self) -> dict[str, float]:
+        """What metrics/samples.json holds."""
+        return {
+            "num_prompts": self.num_prompts,
+            "num_prompts_too_long": self.num_prompts_too_long,
+            "num_completions": len(self.policy),
+            "finished_fraction_sft": sum(item.is_finished for item in self.sft) / len(self.sft),
+            "finished_fraction_policy": sum(item.is_finished for item in self.policy) / len(self.policy),
+        }
+
+
+def read_policy_version(policy: Path) -> int:
+    """Updates applied to the policy, from the `version.json` it was published with; 1 for one from elsewhere.
+
+    Any number but 0, the SFT model's, keeps the generator from mixing up the two models' caches.
+    """
+    version = policy / "version.json"
+    if not version.exists():
+        return 1
+    return int(json.loads(version.read_text(encoding="utf-8"))["policy_version"])
+
+
+def sample_both(
+    prompts: Sequence[Prompt], models: Models, config: JudgeConfig, generation: GenerationConfig, log_path: Path
+) -> Samples:
+    """Completions of the SFT model, then of the policy, from one generator that is started once.
+
+    Args:
+        prompts: the held-out ones.
+        models: both model directories.
+        config: section `judge`.
+        generation: section `generation`.
+        log_path: where a server writes.
+
+    Raises:
+        InputError: no model where one is expected, or no prompt is within `max_prompt_tokens`.
+        GeneratorError: the generator died or answered something unusable.
+    """
+    require_model_directory(models.policy)  # before the generator starts, which takes a minute
+    requests, num_too_long = make_requests(prompts, load_tokenizer(models.sft), generation, config.seed)
+    if not requests:
+        raise InputError(
+            f"artifacts/data: no held-out prompt fits into generation.max_prompt_tokens={generation.max_prompt_tokens}"
+        )
+    plan = SamplingPlan(config.samples_per_prompt)
+    with start_generator(models.sft, generation, seed=config.seed, log_path=log_path) as generator:
+        from_sft = _sample(generator, requests, plan)
+        generator.publish(models.policy, models.policy_version)
+        from_policy = _sample(generator, requests, plan)
+    return Samples(from_sft, from_policy, len(requests), num_too_long)
+
+
+def measure_samples(
+    samples: Samples, models: Models, config: JudgeConfig, temperature: float
+) -> tuple[Columns, Columns]:
+    """Columns for the SFT model's and for the policy's completions; one model is in memory at a time.
+
+    `policy_logprob` and `sft_logprob` are of the distributions that were sampled, `sft_logprob_at_1` is of the SFT
+    model at temperature 1, which perplexity needs. `kl_exact`, for the policy's completions alone, is
+    KL(policy ‖ SFT) summed over positions. All sum over completion tokens and are in nats.
+
+    Args:
+        samples: of both models.
+        models: both model directories.
+        config: section `judge`.
+        temperature: at which completions were sampled.
+    """
+    on_sft, on_policy = _predict(models.sft, [samples.sft, samples.policy], config)
+    sft_columns, policy_columns = (
+        {
+            "sft_logprob": sum_logprobs(predictions, temperature),
+            "sft_logprob_at_1": sum_logprobs(predictions, 1.0),
+        }
+        for predictions in (on_sft, on_policy)
+    )
+    del on_sft
+    reference = on_policy
+    on_sft, on_policy = _predict(models.policy, [samples.sft, samples.policy], config)
+    sft_columns["policy_logprob"] = sum_logprobs(on_sft, temperature)
+    policy_columns["policy_logprob"] = sum_logprobs(on_policy, temperature)
+    policy_columns["kl_exact"] = sum_kl(on_policy, reference, temperature)
+    return sft_columns, policy_columns
+
+
+def _sample(generator: Generator, requests: Sequence[Request], plan: SamplingPlan) -> list[Completion]:
+    return [completion for group in generator.generate(requests, plan) for completion in group]
+
+
+def _predict(path: Path, sets: Sequence[Sequence[Completion]], config: JudgeConfig) -> list[Predictions]:
+    """Load a model, run it over sets of completions, and let it go."""
+    model = move(load_policy(path, torch.float32), select_device())
+    freeze(model)
+    return [
+        predict_completions(
+            model,
+            [TokenSequence(item.prompt_ids, item.token_ids) for item in completions],
+            micro_batch_tokens=config.micro_batch_tokens,
+            dtype=config.dtype,
+        )
+        for completions in sets
+    ]

@@ -1,0 +1,5 @@
+"""One learner for SFT, Bradley–Terry and RL: micro-batches, DeepSpeed, learning rate, checkpoints.
+
+Nothing here knows an algorithm by name. Read `config.py`, `engine.py` (one update), `epochs.py` (training
+over a fixed data set, with resume), `logprobs.py` (log-probabilities without a [B, T, vocabulary] tensor).
+"""

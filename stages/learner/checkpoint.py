@@ -1,0 +1,37 @@
+"""Checkpoints of a training stage: committed by rename, the last good one always whole."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CURRENT = "checkpoint"
+
+
+def commit_checkpoint(workdir: Path, save: Callable[[Path], None], state: dict[str, Any]) -> None:
+    """Write a checkpoint beside the last one, then put it in its place.
+
+    A kill leaves the old checkpoint, the new one, or the new one under its temporary name, which
+    `find_checkpoint` picks up when nothing else is there.
+    """
+    staged, current, old = workdir / f"{CURRENT}.new", workdir / CURRENT, workdir / f"{CURRENT}.old"
+    for leftover in (staged, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staged.mkdir(parents=True)
+    save(staged)
+    (staged / "state.json").write_text(json.dumps(state))
+    (staged / "complete").touch()
+    if current.exists():
+        current.rename(old)
+    staged.rename(current)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest complete checkpoint and its state, or None."""
+    for name in (CURRENT, f"{CURRENT}.new", f"{CURRENT}.old"):
+        path = workdir / name
+        if (path / "complete").is_file():
+            return path, json.loads((path / "state.json").read_text())
+    return None

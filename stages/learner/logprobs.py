@@ -1,0 +1,129 @@
+"""Log-probabilities of completion tokens without holding a [B, T, vocabulary] tensor.
+
+Shapes: B sequences, S tokens, T completion tokens, N completion tokens of the whole batch, H hidden size,
+V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stages.common.errors import InputError
+from stages.data.batches import SequenceBatch
+
+CHUNK = 256
+"""Rows whose logits exist at once: 256 x 49,152 x 4 bytes = 48 MiB."""
+
+
+def compute_logprobs(model: PreTrainedModel, batch: SequenceBatch, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each completion token, in nats, as float32; 0 on padding.
+
+    Args:
+        model: a causal language model.
+        batch: prompts and completions.
+        temperature: logits are divided by it, so that the logprobs are of the distribution that was sampled.
+
+    Returns:
+        [B, T], with gradient where gradients are on.
+    """
+    hidden = select_predictors(model, batch)  # [N, H]
+    targets = batch.completion_ids[batch.completion_mask]  # [N]
+    head = model.get_output_embeddings()
+    flat = gather_logprobs(hidden, head.weight, targets, temperature)  # [N]
+    logprobs = torch.zeros(batch.completion_mask.shape, dtype=flat.dtype, device=flat.device)
+    return logprobs.masked_scatter(batch.completion_mask, flat)  # [B, T]
+
+
+def select_predictors(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+    """Hidden state before each completion token: the one that predicts it. [N, H]"""
+    hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    rows, columns = torch.nonzero(batch.completion_mask, as_tuple=True)
+    predictors: Tensor = hidden[rows, batch.prompt_lengths[rows] + columns - 1]
+    return predictors
+
+
+def gather_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log softmax(hidden @ weight.T / temperature)[targets] in float32, a chunk of rows at a time.
+
+    Args:
+        hidden: [N, H]
+        weight: output embeddings. [V, H]
+        targets: token ids. [N]
+        temperature: above 0.
+
+    Returns:
+        [N]
+    """
+    weight = _cast_like(weight, hidden)
+    if not torch.is_grad_enabled():  # a Function cannot see that, and would keep what backward needs
+        hidden, weight = hidden.detach(), weight.detach()
+    logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, targets, temperature)  # type: ignore[no-untyped-call]
+    return logprobs
+
+
+def require_plain_head(model: PreTrainedModel) -> None:
+    """Refuse output heads that are more than a matrix, whose logits `gather_logprobs` would get wrong.
+
+    Raises:
+        InputError: the head has a bias, or the model caps or scales its logits.
+    """
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise InputError(f"{type(model).__name__}: output heads with a bias are not supported")
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, key, None) not in (None, 1.0):
+            raise InputError(f"{type(model).__name__}: {key} of the model's config is not supported")
+
+
+def _cast_like(weight: Tensor, hidden: Tensor) -> Tensor:
+    """The head in the compute type; under autocast the hidden states are float32 after the last norm."""
+    device = hidden.device.type
+    return weight.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Forward keeps d logprob / d hidden, which does not depend on the incoming gradient.
+
+    With p = softmax(hidden @ weight.T / temperature), d logprob_n / d hidden_n = (weight[target_n] − p_n @ weight)
+    / temperature: an [N, H] tensor. A frozen head (only the top layers are trained) then needs no logits in the
+    backward pass at all; a trained head recomputes them chunk by chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        compute = hidden.detach().to(weight.dtype)
+        logprobs, slopes = [], []
+        for rows, ids in zip(compute.split(CHUNK), targets.split(CHUNK), strict=True):
+            log_softmax = _log_softmax(rows, weight, temperature)  # [C, V]
+            logprobs.append(log_softmax.gather(1, ids[:, None]).squeeze(1))
+            if needs_grad:
+                expected = log_softmax.exp_().to(weight.dtype) @ weight  # [C, H]
+                slopes.append((weight[ids].float() - expected.float()) / temperature)
+        if needs_grad:
+            ctx.save_for_backward(compute, weight, targets, torch.cat(slopes))
+            ctx.temperature = temperature
+            ctx.hidden_dtype = hidden.dtype
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        compute, weight, targets, slopes = ctx.saved_tensors
+        grad_hidden = (grad[:, None] * slopes).to(ctx.hidden_dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            parts = zip(compute.split(CHUNK), targets.split(CHUNK), grad.split(CHUNK), strict=True)
+            for rows, ids, incoming in parts:
+                residual = _log_softmax(rows, weight, ctx.temperature).exp_().neg_()  # -p  [C, V]
+                residual[torch.arange(len(ids)), ids] += 1
+                residual *= incoming[:, None] / ctx.temperature
+                grad_weight += (residual.to(weight.dtype).T @ rows).float()
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def _log_softmax(rows: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    # Upcast before the softmax: differences of bf16 log-probabilities are mostly rounding.
+    return nn.functional.log_softmax((rows @ weight.T).float() / temperature, dim=-1)

@@ -1,0 +1,95 @@
+"""A reward model: a language model's backbone with a scalar head, in Hugging Face's own format.
+
+Shapes: B sequences, S tokens, right-padded.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from stages.common.errors import InputError
+from stages.models.load import attention, quiet_transformers, require_model_directory
+
+SHIFT = "score_shift"
+"""Key in the model's config: subtracted from the head's output, so that SFT samples average 0."""
+RANGE = "score_range"
+"""Key in the model's config: lowest and highest shifted score seen on SFT samples."""
+
+
+def init_reward_model(sft: Path, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """The SFT model with a fresh scalar head, standard deviation 1/sqrt(hidden size + 1).
+
+    The head's initialisation is that of Stiennon et al. 2020 (arXiv:2009.01325), drawn from its own generator.
+    """
+    require_model_directory(sft)
+    quiet_transformers()
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        sft,
+        num_labels=1,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation=attention(),
+    )
+    head = _head(model)
+    generator = torch.Generator().manual_seed(seed)
+    scale = (head.weight.shape[1] + 1) ** -0.5
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * scale)
+    setattr(model.config, SHIFT, 0.0)
+    setattr(model.config, RANGE, [0.0, 0.0])
+    model.eval()
+    return model
+
+
+def load_reward_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A trained reward model, in evaluation mode.
+
+    Raises:
+        InputError: `path` holds no reward model with one output.
+    """
+    require_model_directory(path)
+    quiet_transformers()
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        path,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation=attention(),
+    )
+    if model.config.num_labels != 1:
+        raise InputError(f"{path}: has {model.config.num_labels} outputs; a reward model has one")
+    model.eval()
+    return model
+
+
+def compute_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Score of each sequence, read at its last real token (the end-of-sequence token if it is there).
+
+    The library's own pooling looks for the last token that is not padding *by value* and so would skip an
+    end-of-sequence token that doubles as padding; here the position comes from the mask.
+
+    Args:
+        model: from `init_reward_model` or `load_reward_model`.
+        input_ids: prompt and completion. [B, S]
+        attention_mask: True on real tokens, which come first. [B, S]
+
+    Returns:
+        Shifted scores in float32. [B]
+    """
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, S, H]
+    last = attention_mask.long().sum(dim=1) - 1  # [B]
+    rows = torch.arange(len(last), device=last.device)
+    # The head is tiny and its output is compared across batches: always in float32.
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores = nn.functional.linear(hidden[rows, last].float(), _head(model).weight.float()).squeeze(1)  # [B]
+    return scores - float(getattr(model.config, SHIFT, 0.0))
+
+
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise InputError(f"{type(model).__name__} has no linear head named 'score' with one output")
+    return head

@@ -1,0 +1,56 @@
+"""Evaluation during training on validation prompts, and which checkpoint is the best one.
+
+The reward model is all it sees: the gold scorer is kept for the held-out prompts of the final evaluation.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from stages.data.batches import collate, split_by_tokens
+from stages.data.records import Completion
+from stages.data.text import TokenSequence
+from stages.learner.engine import compute_type, select_device
+from stages.learner.logprobs import compute_logprobs
+from stages.rl.rollouts import Reference
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One policy version on the validation prompts."""
+
+    policy_version: int
+    score: float
+    """Mean proxy score, the missing-EOS rule applied."""
+    kl_nats: float
+    """Mean KL to the reference per completion, k1 estimate on the policy's own samples."""
+    completion_tokens: float
+    """Mean length."""
+    finished_fraction: float
+
+
+def is_better(candidate: Evaluation, best: Evaluation | None, max_kl_nats: float) -> bool:
+    """Higher proxy score within the KL limit. Version 0 has KL 0, so there always is a best one."""
+    if candidate.kl_nats > max_kl_nats:
+        return False
+    return best is None or candidate.score > best.score
+
+
+@torch.no_grad()
+def estimate_kl(
+    model: PreTrainedModel, reference: Reference, completions: Sequence[Completion], max_tokens: int
+) -> float:
+    """Mean over completions of the summed log π − log π_ref, in nats."""
+    sequences = [TokenSequence(item.prompt_ids, item.token_ids) for item in completions]
+    total = 0.0
+    for group in split_by_tokens([len(sequence) for sequence in sequences], max_tokens):
+        batch = collate([sequences[index] for index in group], select_device())
+        with compute_type(reference.dtype, next(model.parameters()).device.type):
+            logprobs = compute_logprobs(model, batch, reference.temperature)
+        total += float((logprobs - reference.compute(batch)).sum())
+    return total / len(sequences)

@@ -1,0 +1,55 @@
+"""The learned reward model as a scorer. It reads token ids, never text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from stages.data.batches import collate, split_by_tokens
+from stages.data.records import Completion
+from stages.data.text import TokenSequence
+from stages.models.load import freeze, move
+from stages.models.reward_model import RANGE, compute_scores, load_reward_model
+
+
+class RewardScorer:
+    """Scores prompt and completion at the completion's last token.
+
+    Args:
+        path: directory of the reward model.
+        dtype: of weights and compute.
+        micro_batch_tokens: padded tokens of one forward pass.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: Literal["bf16", "fp32"],
+        micro_batch_tokens: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        weights = torch.bfloat16 if dtype == "bf16" else torch.float32
+        self._model = move(load_reward_model(path, weights), torch.device(device))
+        freeze(self._model)
+        self._device = torch.device(device)
+        self._micro_batch_tokens = micro_batch_tokens
+
+    @property
+    def sft_range(self) -> tuple[float, float]:
+        """Lowest and highest score seen on SFT samples."""
+        low, high = getattr(self._model.config, RANGE)
+        return float(low), float(high)
+
+    @torch.no_grad()
+    def score(self, completions: Sequence[Completion]) -> list[float]:
+        """Shifted scores: 0 is the mean of SFT samples."""
+        sequences = [TokenSequence(item.prompt_ids, item.token_ids) for item in completions]
+        scores = [0.0] * len(sequences)
+        for group in split_by_tokens([len(sequence) for sequence in sequences], self._micro_batch_tokens):
+            batch = collate([sequences[index] for index in group], self._device)
+            values = compute_scores(self._model, batch.input_ids, batch.attention_mask)
+            for index, value in zip(group, values.tolist(), strict=True):
+                scores[index] = value
+        return scores

@@ -1,0 +1,43 @@
+"""A scorer from its settings."""
+
+from pathlib import Path
+
+from stages.common.errors import InputError
+from stages.data.scorers import LengthScorer as LengthSettings
+from stages.data.scorers import ModelScorer, NoScorer, ScorerConfig
+from stages.data.scorers import TextblobScorer as TextblobSettings
+from stages.data.scorers import VaderScorer as VaderSettings
+from stages.scoring.lexicon import LengthScorer, TextblobScorer, VaderScorer
+from stages.scoring.protocol import Scorer
+
+
+def start_scorer(config: ScorerConfig | None, policy: Path) -> Scorer | None:
+    """The scorer a task names, or None where it names none.
+
+    Args:
+        config: settings of the task.
+        policy: model directory whose tokenizer made the token ids; a gold model must share it.
+
+    Raises:
+        InputError: a gold model with another tokenizer.
+    """
+    match config:
+        case None | NoScorer():
+            return None
+        case VaderSettings():
+            return VaderScorer()
+        case TextblobSettings():
+            return TextblobScorer()
+        case LengthSettings():
+            return LengthScorer()
+        case ModelScorer(path=path):
+            return _start_model(Path(path), policy)
+
+
+def _start_model(path: Path, policy: Path) -> Scorer:
+    from stages.models.load import load_tokenizer
+    from stages.scoring.reward import RewardScorer
+
+    if load_tokenizer(path).get_vocab() != load_tokenizer(policy).get_vocab():
+        raise InputError(f"{path}: the gold model's tokenizer differs from that of {policy}; token ids would not match")
+    return RewardScorer(path, "bf16", micro_batch_tokens=4096)

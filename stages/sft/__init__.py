@@ -1,0 +1,1 @@
+"""Supervised fine-tuning on demonstrations: `config.py`, then `train.py`."""

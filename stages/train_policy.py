@@ -1,0 +1,45 @@
+"""Stage train_policy: reinforcement learning against the reward model."""
+
+from pathlib import Path
+
+from stages.common.config import load_section
+from stages.common.entry import run_entry
+from stages.generation.config import GenerationConfig
+from stages.rl.config import RlConfig
+
+
+def main() -> None:
+    """Prompts, SFT and reward model -> artifacts/policy, artifacts/policy_last, metrics/policy.json."""
+    config = load_section("rl", RlConfig)
+    generation = load_section("generation", GenerationConfig)
+    from stages.common.history import History
+    from stages.common.publish import staging_directory, write_json
+    from stages.common.tracking import track_stage
+    from stages.common.workdir import open_workdir
+    from stages.rl.report import summarise
+    from stages.rl.train import PolicyInputs, train_policy
+
+    with (
+        open_workdir("train_policy") as workdir,
+        track_stage("train_policy", config, resume_dir=workdir.path) as tracker,
+        staging_directory(Path("artifacts/policy")) as best,
+        staging_directory(Path("artifacts/policy_last")) as last,
+    ):
+        history = History(workdir.path / "history.jsonl", tracker.log_metrics)
+        progress = train_policy(
+            PolicyInputs(Path("artifacts/data"), Path("artifacts/sft"), Path("artifacts/reward")),
+            config,
+            generation,
+            workdir.path,
+            save_to=(best, last),
+            log_metrics=history.log,
+        )
+        metrics = summarise(progress, config.num_updates)
+        tracker.log_summary(metrics)
+        write_json(Path("metrics/policy.json"), metrics)
+        history.write_csv(Path("plots/policy.csv"))
+    workdir.discard()
+
+
+if __name__ == "__main__":
+    run_entry(main)

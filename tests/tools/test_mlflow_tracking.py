@@ -1,0 +1,196 @@
+"""Real MLflow on SQLite."""
+
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from stages.common.config import Section
+from stages.common.event_log import read_sent, unsent_logs
+from stages.common.process import free_port
+from stages.common.tracking import track_stage
+from stages.common.tracking_store import tracking_uri
+
+pytestmark = pytest.mark.filterwarnings(
+    # MLflow 3.17 declares its own tables this way; SQLAlchemy 2.1 deprecates it.
+    "ignore:The ``noload`` loader strategy is deprecated",
+)
+
+PARAMS = """
+sft: {lr: 1e-4, epochs: 2}
+rl: {algorithm: {name: remax}, kl_coef: 0.1}
+tracking: {experiment: test, system_metrics: false}
+"""
+DVC_YAML = """
+stages:
+  train_sft: {cmd: x, params: [sft], outs: [artifacts/sft]}
+  train_policy: {cmd: x, deps: [artifacts/sft], params: [rl], outs: [artifacts/policy]}
+"""
+DVC_LOCK = """
+schema: '2.0'
+stages:
+  train_sft: {cmd: x, outs: [{path: artifacts/sft, md5: 0123456789abcdef0123456789abcdef.dir}]}
+"""
+
+
+class SftConfig(Section):
+    """Settings of the test."""
+
+    lr: float = 1e-4
+    warmup: int = 3
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("SLIPSTREAM_PIPELINE_RUN", raising=False)
+    Path("params.yaml").write_text(PARAMS)
+    Path("dvc.yaml").write_text(DVC_YAML)
+    Path("dvc.lock").write_text(DVC_LOCK)
+    return tmp_path
+
+
+def find_runs() -> dict[str, mlflow.entities.Run]:
+    client = mlflow.MlflowClient(tracking_uri=tracking_uri())
+    experiment = client.get_experiment_by_name("test")
+    runs = client.search_runs([experiment.experiment_id])
+    found = {run.data.tags.get("slipstream.stage", "pipeline"): run for run in runs}
+    assert len(found) == len(runs)
+    return found
+
+
+def test_a_pipeline_is_one_run_with_its_stages_nested() -> None:
+    with track_stage("train_sft", SftConfig()) as tracker:
+        tracker.log_metrics({"learner/loss": 2.0, "learner/grad_norm": float("nan")}, step=1)
+        tracker.log_metrics({"learner/loss": 1.5, "learner/grad_norm": float("inf")}, step=2)
+        tracker.log_table("samples/first", [{"prompt": "a", "completion": "b"}, {"prompt": "c"}])
+        tracker.log_summary({"sft/perplexity": 7.5})
+    with track_stage("train_policy", None):
+        pass
+    with track_stage("judge_policy", None):
+        pass
+
+    runs = find_runs()
+    parent = runs.pop("pipeline")
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    assert {run.info.status for run in [parent, *runs.values()]} == {"FINISHED"}
+    assert parent.data.tags["stage.train_sft"] == runs["train_sft"].info.run_id
+    assert parent.data.params["rl.algorithm.name"] == "remax"
+    assert runs["train_sft"].data.params == {"sft.lr": "0.0001", "sft.epochs": "2", "sft.warmup": "3"}
+    assert runs["train_sft"].data.metrics["learner/loss"] == 1.5
+    assert runs["train_sft"].data.metrics["sft/perplexity"] == 7.5
+    dataset = runs["train_policy"].inputs.dataset_inputs[0].dataset
+    assert (dataset.name, dataset.digest) == ("artifacts/sft", "0123456789abcdef0123456789abcdef.dir")
+    table = Path(runs["train_sft"].info.artifact_uri.removeprefix("file://")) / "samples/first.json"
+    assert json.loads(table.read_text())["data"] == [["a", "b"], ["c", None]]
+
+
+def test_a_resumed_stage_goes_on_in_its_run_and_a_finished_pipeline_is_not_continued(project: Path) -> None:
+    resume_dir = project / "work"
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        track_stage("train_sft", None, resume_dir=resume_dir) as tracker,
+    ):
+        tracker.log_metrics({"learner/loss": 2.0}, step=1)
+        raise KeyboardInterrupt
+    killed = find_runs()["train_sft"]
+    assert killed.info.status == "KILLED"
+    assert (resume_dir / "mlflow_run_id").read_text() == killed.info.run_id
+
+    with track_stage("train_sft", None, resume_dir=resume_dir) as tracker:
+        tracker.log_metrics({"learner/loss": 1.0}, step=2)
+
+    resumed = find_runs()["train_sft"]
+    assert resumed.info.run_id == killed.info.run_id
+    assert resumed.info.status == "FINISHED"
+    history = mlflow.MlflowClient(tracking_uri=tracking_uri()).get_metric_history(resumed.info.run_id, "learner/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 2.0), (2, 1.0)]
+    assert find_runs()["pipeline"].info.status == "RUNNING"
+
+
+def test_a_failed_stage_is_marked_and_changed_settings_open_another_pipeline() -> None:
+    with pytest.raises(OSError, match="broken"), track_stage("train_sft", None):
+        raise OSError("broken")
+    assert {run.info.status for run in find_runs().values()} == {"FAILED"}
+
+    Path("params.yaml").write_text(PARAMS.replace("0.1", "0.2"))
+    with track_stage("train_policy", None):
+        pass
+
+    client = mlflow.MlflowClient(tracking_uri=tracking_uri())
+    experiment = client.get_experiment_by_name("test")
+    parents = client.search_runs([experiment.experiment_id], "tags.`slipstream.pipeline` LIKE '2%'")
+    assert sorted(run.info.status for run in parents) == ["KILLED", "RUNNING"]
+
+
+def test_events_of_an_outage_are_sent_by_the_next_stage(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with track_stage("train_sft", None) as tracker:
+        for step in range(200):
+            tracker.log_metrics({"learner/loss": 1.0 / (step + 1)}, step=step)
+        assert tracker.run_id is None
+    assert caplog.text.count("MLflow is out of reach") == 1
+    assert [path.stem for path in unsent_logs()] == ["train_sft"]
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with track_stage("train_policy", None) as tracker:
+        deadline = threading.Event()
+        for _ in range(200):
+            if not [path for path in unsent_logs() if path.stem == "train_sft"]:
+                break
+            deadline.wait(0.1)
+
+    runs = find_runs()
+    history = mlflow.MlflowClient(tracking_uri=tracking_uri()).get_metric_history(
+        runs["train_sft"].info.run_id, "learner/loss"
+    )
+    assert len(history) == 200
+    assert runs["train_sft"].info.status == "FINISHED"
+    assert runs["train_policy"].data.tags["mlflow.parentRunId"] == runs["pipeline"].info.run_id
+
+
+def test_events_that_are_sent_twice_are_kept_once(project: Path) -> None:
+    with track_stage("train_sft", None) as tracker:
+        tracker.log_metrics({"learner/loss": 1.0}, step=1)
+    (log,) = project.glob(".slipstream/tracking/*/train_sft.jsonl")
+    assert read_sent(log)["offset"] == log.stat().st_size
+
+    log.with_suffix(".sent.json").unlink()  # as if killed before the offset was noted down
+    with track_stage("train_policy", None):
+        while unsent_logs() and log in unsent_logs():
+            threading.Event().wait(0.1)
+
+    run = find_runs()["train_sft"]
+    history = mlflow.MlflowClient(tracking_uri=tracking_uri()).get_metric_history(run.info.run_id, "learner/loss")
+    assert len(history) == 1
+
+
+def test_a_stage_joins_the_run_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with track_stage("train_sft", None):
+        pass
+    outer = find_runs()["pipeline"].info.run_id
+    monkeypatch.setitem(os.environ, "SLIPSTREAM_PIPELINE_RUN", outer)
+
+    with track_stage("judge_policy", None):
+        pass
+
+    runs = find_runs()
+    assert runs["judge_policy"].data.tags["mlflow.parentRunId"] == outer
+    assert runs["pipeline"].info.status == "RUNNING"  # whoever made it ends it
+
+
+def test_wrong_use_raises() -> None:
+    with track_stage("train_sft", None) as tracker:
+        with pytest.raises(ValueError, match="metric name"):
+            tracker.log_metrics({"loss(nats)": 1.0}, step=0)
+        with pytest.raises(ValueError, match="could not convert"):
+            tracker.log_metrics({"loss": "high"}, step=0)  # type: ignore[dict-item]
+        with pytest.raises(ValueError, match="artifact name"):
+            tracker.log_table("../outside", [])

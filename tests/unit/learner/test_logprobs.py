@@ -1,0 +1,60 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.data.batches import collate
+from stages.data.text import TokenSequence
+from stages.learner import logprobs
+from tests.tiny import tiny_llama
+
+SEQUENCES = [
+    TokenSequence((5, 6, 7), (8, 9, 258)),
+    TokenSequence((5,), (10, 258)),
+    TokenSequence((1, 2), (3,)),
+]
+
+
+def test_logprobs_are_those_of_the_full_softmax_at_the_sampling_temperature() -> None:
+    model, batch = tiny_llama(), collate(SEQUENCES)
+
+    result = logprobs.compute_logprobs(model, batch, temperature=0.7)
+
+    for row, sequence in enumerate(SEQUENCES):
+        ids = torch.tensor([sequence.prompt_ids + sequence.completion_ids])
+        full = torch.log_softmax(model(ids).logits[0] / 0.7, dim=-1)
+        for t, token in enumerate(sequence.completion_ids):
+            expected = full[len(sequence.prompt_ids) - 1 + t, token]
+            torch.testing.assert_close(result[row, t], expected, atol=1e-5, rtol=1e-5)
+    assert result[~batch.completion_mask].eq(0).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**16), rows=st.integers(1, 9), chunk=st.integers(1, 5))
+def test_chunking_changes_neither_logprobs_nor_gradients(seed: int, rows: int, chunk: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (rows,), generator=g)
+    upstream = torch.randn(rows, generator=g)
+    plain = torch.log_softmax((hidden @ weight.T).float() / 0.8, -1).gather(1, targets[:, None]).squeeze(1)
+    expected = torch.autograd.grad((plain * upstream).sum(), (hidden, weight))
+
+    saved, logprobs.CHUNK = logprobs.CHUNK, chunk
+    try:
+        chunked = logprobs.gather_logprobs(hidden, weight, targets, 0.8)
+        actual = torch.autograd.grad((chunked * upstream).sum(), (hidden, weight))
+    finally:
+        logprobs.CHUNK = saved
+
+    torch.testing.assert_close(chunked, plain, atol=1e-5, rtol=1e-5)
+    for mine, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_no_logprob() -> None:
+    model = tiny_llama()
+    alone = logprobs.compute_logprobs(model, collate(SEQUENCES[1:2]))
+
+    together = logprobs.compute_logprobs(model, collate(SEQUENCES))
+
+    torch.testing.assert_close(together[1:2, :2], alone, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,21 @@
+import pytest
+
+from stages.common.errors import SettingError
+from stages.rl.scorer import resolve_missing_eos_score, score_completions
+from tests.fakes import FakeScorer, make_completion
+
+
+def test_lowest_is_the_lowest_score_of_sft_samples() -> None:
+    assert resolve_missing_eos_score("lowest", (-3.5, 4.0)) == -3.5
+    assert resolve_missing_eos_score(-9.0, (-3.5, 4.0)) == -9.0
+
+
+def test_a_score_that_would_reward_never_stopping_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"rl.missing_eos_score=-1.0 is above -3.500"):
+        resolve_missing_eos_score(-1.0, (-3.5, 4.0))
+
+
+def test_only_unfinished_completions_lose_their_score() -> None:
+    completions = [make_completion("a", finished=True), make_completion("b", finished=False)]
+
+    assert score_completions(FakeScorer([7.0, 8.0]), completions, missing_eos_score=-2.0) == [7.0, -2.0]

@@ -1,0 +1,92 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from stages.common.errors import InputError
+from stages.export import export_policy
+from stages.release.model_card import MARK
+from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_llama
+
+PARAMS = """
+model: {source: {kind: hub, repo: someone/base}}
+generation: {max_new_tokens: 40, max_prompt_tokens: 88, temperature: 0.7}
+"""
+LOCK = """
+schema: '2.0'
+stages:
+  prepare_data: {cmd: x, outs: [{path: artifacts/data, md5: 0123abc.dir}]}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(PARAMS)
+    Path("dvc.lock").write_text(LOCK)
+    Path("metrics").mkdir()
+    metrics = {"gold_win_rate": 0.75, "gold_win_rate_interval": [0.6, 0.9], "second_win_rate": None}
+    Path("metrics/judge.json").write_text(json.dumps(metrics))
+    save_tiny_model(Path("artifacts/policy"))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("project")
+def test_export_loads_as_a_plain_model_with_its_sampling_settings() -> None:
+    export_policy(Path("exported/policy"))
+
+    model = AutoModelForCausalLM.from_pretrained("exported/policy")
+    tokenizer = AutoTokenizer.from_pretrained("exported/policy")
+    ids = torch.tensor([[257, 5, 6]])
+    torch.testing.assert_close(model(ids).logits, tiny_llama()(ids).logits)
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert model.generation_config.temperature == 0.7
+    assert not json.loads(Path("exported/policy/generation_config.json").read_text())["_from_model_config"]
+    settings = GenerationConfig.from_pretrained("exported/policy")
+    assert (settings.do_sample, settings.temperature, settings.top_k, settings.top_p) == (True, 0.7, 0, 1.0)
+    assert settings.max_new_tokens == 40
+    assert settings.eos_token_id == 258
+
+
+def test_card_names_base_model_data_settings_and_metrics(project: Path) -> None:
+    export_policy(project / "anywhere")
+
+    card = (project / "anywhere/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers")
+    assert "base_model: someone/base" in card
+    assert "| artifacts/data | `0123abc.dir` |" in card
+    assert "| judge: gold_win_rate | 0.75 |" in card
+    assert "| judge: gold_win_rate_interval | [0.6, 0.9] |" in card
+    assert "second_win_rate" not in card
+    assert "temperature: 0.7" in card
+    assert "Licence" in card
+
+
+@pytest.mark.usefixtures("project")
+def test_an_earlier_export_is_replaced_and_anything_else_is_left_alone() -> None:
+    export_policy(Path("out"))
+    Path("out/stale").touch()
+
+    export_policy(Path("out"))
+
+    assert not Path("out/stale").exists()
+    assert MARK in Path("out/README.md").read_text()
+    with pytest.raises(InputError, match=r"artifacts/policy: exists and is no earlier export"):
+        export_policy(Path("artifacts/policy"))
+    with pytest.raises(InputError, match="exists and is no earlier export"):
+        export_policy(Path("."))
+
+
+@pytest.mark.usefixtures("project")
+def test_a_missing_policy_and_a_failed_export_leave_nothing() -> None:
+    Path("artifacts/policy/tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="not a readable tokenizer"):
+        export_policy(Path("out"))
+    Path("artifacts/policy").rename("elsewhere")
+
+    with pytest.raises(InputError, match=r"^artifacts/policy: no such model; run `make run` first$"):
+        export_policy(Path("out"))
+
+    assert not Path("out").exists()
