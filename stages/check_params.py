@@ -1,6 +1,6 @@
 """`python -m stages.check_params`: every section of params.yaml, before anything runs."""
 
-from stages.common.config import load_section
+from stages.common.config import Section, load_section
 from stages.common.entry import run_entry
 from stages.common.errors import SettingError
 from stages.common.tracking import TrackingConfig
@@ -12,7 +12,7 @@ from stages.reward.config import PairsConfig, RewardConfig
 from stages.rl.config import RlConfig
 from stages.sft.config import SftConfig
 
-SECTIONS = {
+SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "data": DataConfig,
     "generation": GenerationConfig,

@@ -48,7 +48,7 @@ def main() -> None:
         }
         metrics["num_samples"] = len(train.samples)
         metrics["finished_fraction"] = sum(item.is_finished for item in train.samples) / len(train.samples)
-        tracker.log_summary(metrics)
+        tracker.log_summary({f"pairs/{name}": value for name, value in metrics.items()})
         write_json(Path("metrics/pairs.json"), metrics)
     workdir.discard()
 

@@ -37,7 +37,7 @@ def main() -> None:
         sft_columns, policy_columns = measure_samples(samples, models, config, generation.temperature)
         write_completions(staged / "sft.parquet", samples.sft, sft_columns)
         write_completions(staged / "policy.parquet", samples.policy, policy_columns)
-        tracker.log_summary(samples.metrics())
+        tracker.log_summary({f"samples/{name}": value for name, value in samples.metrics().items()})
         write_json(Path("metrics/samples.json"), samples.metrics())
     workdir.discard()
 

@@ -35,7 +35,7 @@ def main() -> None:
             log_metrics=history.log,
         )
         metrics = summarise(progress, config.num_updates)
-        tracker.log_summary(metrics)
+        tracker.log_summary({f"policy/{name}": value for name, value in metrics.items()})
         write_json(Path("metrics/policy.json"), metrics)
         history.write_csv(Path("plots/policy.csv"))
     workdir.discard()

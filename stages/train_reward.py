@@ -41,7 +41,7 @@ def main() -> None:
         accuracy = measure_accuracy(result.margins, result.prompt_ids, config.seed)
         calibration = calibration_table(result.margins)
         tracker.log_table("calibration", calibration)
-        tracker.log_summary({"accuracy": accuracy.value, "num_pairs": accuracy.num_pairs})
+        tracker.log_summary({"reward/heldout_accuracy": accuracy.value, "reward/heldout_pairs": accuracy.num_pairs})
         metrics = {
             "accuracy": accuracy.value,
             "accuracy_interval": accuracy.interval,

@@ -40,7 +40,7 @@ def main() -> None:
             "num_dropped": result.train_lengths.num_dropped,
             "num_truncated": result.train_lengths.num_truncated,
         }
-        tracker.log_summary(metrics)
+        tracker.log_summary({f"sft/{name}": value for name, value in metrics.items()})
         history.write_csv(Path("plots/sft.csv"))
         write_json(Path("metrics/sft.json"), metrics)
     workdir.discard()

@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_llama(seed: int = 0, vocab_size: int = 259, layers: int = 2, scale: float = 1.0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, vocab_size: int = 259, layers: int = 2, head_dim: int = 8) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -22,6 +22,7 @@ def tiny_llama(seed: int = 0, vocab_size: int = 259, layers: int = 2, scale: flo
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         eos_token_id=258,
@@ -33,7 +34,7 @@ def tiny_llama(seed: int = 0, vocab_size: int = 259, layers: int = 2, scale: flo
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 * scale)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model.eval()
 
 
@@ -52,7 +53,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return fast
 
 
-def save_tiny_model(path: Path, seed: int = 0) -> Path:
-    save_model(tiny_llama(seed), tiny_tokenizer(), path)
+def save_tiny_model(path: Path, seed: int = 0, head_dim: int = 8) -> Path:
+    save_model(tiny_llama(seed, head_dim=head_dim), tiny_tokenizer(), path)
     AutoTokenizer.from_pretrained(path)  # it can be read back
     return path

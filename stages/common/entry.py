@@ -37,6 +37,17 @@ QUIET_DEFAULTS = {
 
 _PR_SET_PDEATHSIG = 1
 
+_FULL_DISK_WORDS = (
+    "no space left on device",  # safetensors and pyarrow
+    "file too large",
+    "pytorchstreamwriter failed writing file",  # torch
+    "] . unexpected pos ",  # torch, closing a checkpoint whose last write was cut short
+)
+"""How libraries say so when they do not raise the system's own error."""
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space, no quota left, or the file would exceed the limit on its size."""
+
 
 def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run a stage's `main` and leave with its exit code: `if __name__ == "__main__": run_entry(main)`."""
@@ -115,9 +126,9 @@ def _exit_if_orphaned() -> None:
 def _describe_full_disk(error: BaseException) -> str | None:
     """`no space left: PATH` if a full disk is behind this error."""
     for cause in _chain(error):
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in _FULL_DISK:
             return f"no space left: {cause.filename or cause.filename2 or os.getcwd()}"
-        if "no space left on device" in str(cause).lower():  # safetensors, torch and pyarrow say it in words
+        if any(words in str(cause).lower() for words in _FULL_DISK_WORDS):
             return f"no space left: {os.getcwd()} ({type(cause).__name__}: {cause})"
     return None
 

@@ -44,8 +44,10 @@ def prepare_library() -> tuple[type[Exception], ...]:
     import mlflow
     import sqlalchemy.exc
 
-    for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
+    for chatty in ("alembic", "mlflow.tracking.fluent"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # It logs a traceback for what the sender catches and reports in one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     # requests' errors are OSErrors.
     return (mlflow.MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError)
 

@@ -58,6 +58,22 @@ class Comparison:
         """Prompt of each entry."""
         return [item.prompt_id for item in self.policy.completions]
 
+    def to_rows(self) -> list[dict[str, str | float | None]]:
+        """One row per entry, texts beside scores, for a table that people sort and search."""
+        return [
+            {
+                "prompt_id": prompt_id,
+                "sft": self.sft.completions[index].text,
+                "policy": self.policy.completions[index].text,
+                "gold_sft": self.sft.gold[index] if self.sft.gold else None,
+                "gold_policy": self.policy.gold[index] if self.policy.gold else None,
+                "proxy_sft": self.sft.proxy[index],
+                "proxy_policy": self.policy.proxy[index],
+                "kl_nats": self.kl_exact[index],
+            }
+            for index, prompt_id in enumerate(self.prompt_ids)
+        ]
+
 
 def read_comparison(samples: Path, scorers: Scorers) -> Comparison:
     """Read what stage sample_policy wrote and score it.
