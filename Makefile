@@ -51,8 +51,9 @@ lock: $(UV) ## pin every package anew, after a change of pyproject.toml
 	$(COMPILE) --extra gpu -o requirements/gpu.lock
 
 ui: setup ## MLflow's page on http://127.0.0.1:PORT
-	@$(BIN)/python -c 'from stages.common.tracking_store import connect, prepare_library; prepare_library(); connect()'
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true MLFLOW_MODEL_CATALOG_URI= \
+	@if [ -n "$$MLFLOW_TRACKING_URI" ]; then echo "runs are kept at MLFLOW_TRACKING_URI=$$MLFLOW_TRACKING_URI"; exit; fi; \
+	$(BIN)/python -c 'from stages.common.tracking_store import connect, prepare_library; prepare_library(); connect()' && \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true MLFLOW_MODEL_CATALOG_URI= \
 		$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db \
 		--artifacts-destination $(CURDIR)/mlruns --host 127.0.0.1 --port $(PORT) --workers 1
 

@@ -2,3 +2,11 @@
 
 Read `dvc.py` (one `dvc repro`, safely), then `rlhf.py` (the stages in order, as a Prefect flow).
 """
+
+import os
+
+from stages.common.entry import QUIET_DEFAULTS
+
+# Before anything imports prefect, which reads its environment on import.
+for _name, _value in QUIET_DEFAULTS.items():
+    os.environ.setdefault(_name, _value)

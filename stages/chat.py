@@ -25,8 +25,7 @@ def main() -> None:
     task = load_section("data", DataConfig).task
     if not POLICY.is_dir():
         raise InputError(f"{POLICY}: no such model; run `make run` first")
-    from stages.learner.engine import select_device
-    from stages.models.load import quiet_transformers
+    from stages.models.load import quiet_transformers, select_device
     from stages.release.conversation import HELP, Chat, Speaker
 
     quiet_transformers()

@@ -12,8 +12,6 @@ def main() -> None:
     """Samples, reward model, prompts -> metrics/judge.json, artifacts/samples.md, plots/judge.csv."""
     config = load_section("judge", JudgeConfig)
     gold, second = load_section("data", DataConfig).task.scorers()
-    import torch
-
     from stages.common.publish import write_json, write_text
     from stages.common.tracking import track_stage
     from stages.data.store import read_prompts
@@ -21,16 +19,12 @@ def main() -> None:
     from stages.judge.evaluate import evaluate_comparison, select_numbers
     from stages.judge.plots import average_by_prompt, draw_scores, draw_win_rates, render_csv
     from stages.judge.samples_page import render_samples
-    from stages.models.load import quiet_transformers
     from stages.scoring.reward import RewardScorer
     from stages.scoring.start import start_scorer
 
-    quiet_transformers()
     sft, page = Path("artifacts/sft"), Path("artifacts/samples.md")
     with track_stage("judge_policy", config) as tracker:
-        # Not the learner's device: a change of the learner's code is no reason to judge again.
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        proxy = RewardScorer(Path("artifacts/reward"), config.dtype, config.micro_batch_tokens, device)
+        proxy = RewardScorer(Path("artifacts/reward"), config.dtype, config.micro_batch_tokens)
         scorers = Scorers(start_scorer(gold, sft), start_scorer(second, sft), proxy)
         comparison = read_comparison(Path("artifacts/samples"), scorers)
         metrics = evaluate_comparison(comparison, config.seed)

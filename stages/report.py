@@ -60,6 +60,7 @@ def _judge_rows(judge: dict[str, Any]) -> Rows:
     rows = [
         ("gold win-rate of the policy over SFT", _with_interval(judge, "gold_win_rate", percent=True)),
         ("gold score, SFT → policy", _pair(judge, "gold_mean_sft", "gold_mean_policy")),
+        ("reward model's win-rate of the policy", _number(judge.get("proxy_win_rate"))),
         ("second score, SFT → policy", _pair(judge, "second_mean_sft", "second_mean_policy")),
         ("KL to SFT", _number(judge.get("kl_nats"), " nats")),
         ("completion length, policy / SFT", _number(judge.get("length_ratio"))),

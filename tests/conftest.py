@@ -2,3 +2,5 @@ import os
 
 # Tiny models on many threads spend their time waiting for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As `run_entry` does: DeepSpeed else warns on standard output that it found no GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")

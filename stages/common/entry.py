@@ -53,6 +53,9 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
     """Run a stage's `main` and leave with its exit code: `if __name__ == "__main__": run_entry(main)`."""
     for name, value in QUIET_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if not Path("/dev/nvidiactl").exists():
+        # transformers imports DeepSpeed, which else warns on standard output that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _set_up_logging()
     if "DVC_STAGE" in os.environ:
         # Only under dvc: started by hand with nohup, a stage may outlive its shell.

@@ -9,7 +9,8 @@ from pathlib import Path
 class History:
     """Keeps every step's metrics and passes them on to the tracker.
 
-    A run that resumes at an earlier step logs it again; the newest line of a step counts.
+    A step may be logged in parts (an update, then an evaluation after it). A run that resumes at an earlier step
+    logs it again; the newest value of a step counts.
     """
 
     def __init__(self, path: Path, log_metrics: Callable[[dict[str, float], int], None]) -> None:
@@ -30,7 +31,7 @@ class History:
         rows: dict[int, dict[str, float]] = {}
         for line in self._path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            rows[row["step"]] = row
+            rows.setdefault(row["step"], {}).update(row)
         names = sorted({name for row in rows.values() for name in row} - {"step"})
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:

@@ -13,10 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from stages.common.errors import InputError
+from stages.common.watched import warn_unless_watched
 from stages.data.rows import Row, Rows
 
 Record = tuple[str, Mapping[str, object]]
 """The place of a row (`line 3`) and its cells, not yet checked."""
+
+WATCHED = Path("inputs/data")
+"""The folder whose changes DVC sees."""
 
 HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]%-]+))?")
 
@@ -33,6 +37,8 @@ def read_rows(source: str, columns: Sequence[str], *, may_be_missing: Sequence[s
     Raises:
         InputError: one line naming source, line or row, column, what was found and what is allowed.
     """
+    if not HUB.fullmatch(source):
+        warn_unless_watched(Path(source), WATCHED)
     rows: dict[tuple[str, ...], Row] = {}
     num_rows = 0
     for place, record in _read_records(source, columns):

@@ -8,6 +8,9 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
 """train: everything is fitted on it. validation: reward-model accuracy and the choice of checkpoint.
 heldout: the final evaluation and nothing else."""
 
+TooLong = Literal["drop", "truncate"]
+"""What happens to samples over a length limit."""
+
 
 @dataclass(frozen=True)
 class Message:

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from stages.data.records import Prompt
+from stages.data.records import Prompt, TooLong
 
 Ids = tuple[int, ...]
-TooLong = Literal["drop", "truncate"]
 ItemT = TypeVar("ItemT")
 
 

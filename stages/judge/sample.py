@@ -15,9 +15,8 @@ from stages.generation.protocol import Generator, Request, SamplingPlan
 from stages.generation.requests import make_requests
 from stages.generation.start import start_generator
 from stages.judge.config import JudgeConfig
-from stages.learner.engine import select_device
-from stages.learner.measure import Predictions, predict_completions, sum_kl, sum_logprobs
-from stages.models.load import freeze, load_policy, load_tokenizer, move, require_model_directory
+from stages.judge.measure import Predictions, predict_completions, sum_kl, sum_logprobs
+from stages.models.load import freeze, load_policy, load_tokenizer, move, require_model_directory, select_device
 
 Columns = dict[str, list[float]]
 """Columns of a samples file besides the completions: one number per completion, in nats."""

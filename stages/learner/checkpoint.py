@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stages.common.publish import sync_path, sync_tree
+
 CURRENT = "checkpoint"
 
 
@@ -21,7 +23,9 @@ def commit_checkpoint(workdir: Path, save: Callable[[Path], None], state: dict[s
     staged.mkdir(parents=True)
     save(staged)
     (staged / "state.json").write_text(json.dumps(state))
+    sync_tree(staged)
     (staged / "complete").touch()
+    sync_path(staged)
     if current.exists():
         current.rename(old)
     staged.rename(current)

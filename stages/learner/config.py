@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from stages.common.config import Section
+from stages.data.records import TooLong
 
 
 class LearnerConfig(Section):
@@ -30,3 +31,21 @@ class LearnerConfig(Section):
     """Padded tokens of one forward-backward; bounds memory, changes no result beyond rounding."""
     zero_stage: Literal[1, 2, 3] = 2
     """DeepSpeed ZeRO stage; with one rank all are the same maths."""
+
+
+class EpochsConfig(Section):
+    """A step that trains on a fixed data set."""
+
+    learner: LearnerConfig
+    num_epochs: PositiveInt
+    """Passes over the data."""
+    batch_size: PositiveInt
+    """Demonstrations or pairs per update."""
+    max_tokens: PositiveInt
+    """Prompt and completion together, in tokens."""
+    too_long: TooLong = "drop"
+    """What happens to longer samples; either way they are counted in the step's metrics file."""
+    checkpoint_every: PositiveInt = 50
+    """Updates between resume points."""
+    seed: int = Field(default=0, ge=0)
+    """Of everything random in the step."""

@@ -19,7 +19,7 @@ from stages.common.errors import InputError, NonFiniteLossError
 from stages.common.metrics import Mean, merge_means
 from stages.learner.config import LearnerConfig
 from stages.learner.schedule import compute_lr
-from stages.models.load import move
+from stages.models.load import move, select_device
 
 logger = logging.getLogger(__name__)
 
@@ -118,13 +118,6 @@ class Learner:
 def compute_type(dtype: str, device: str) -> torch.autocast:
     """Autocast to bf16, or none for float32."""
     return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bf16")
-
-
-def select_device() -> torch.device:
-    """This rank's GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def _start_engine(model: PreTrainedModel, config: LearnerConfig) -> Any:

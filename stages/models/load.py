@@ -4,9 +4,10 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -20,10 +21,15 @@ TrainableLayers = int | Literal["all"]
 
 def quiet_transformers() -> None:
     """Turn off the library's own progress bars and load reports; ours say what a person needs."""
-    if not torch.cuda.is_available():  # else DeepSpeed, which transformers imports, warns that it found no GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+
+
+def select_device() -> torch.device:
+    """This rank's GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def attention() -> str:
@@ -51,17 +57,27 @@ def load_policy(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         InputError: `path` is no complete model directory.
     """
+    return load_model(AutoModelForCausalLM, path, dtype)
+
+
+def load_model(auto_class: Any, path: Path, dtype: torch.dtype, **settings: int) -> PreTrainedModel:
+    """A model of one of the library's auto classes: safetensors only, no remote code, evaluation mode.
+
+    Raises:
+        InputError: `path` is no complete model directory.
+    """
     require_model_directory(path)
     quiet_transformers()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = auto_class.from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=attention(),
+            **settings,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable model: {str(error).splitlines()[0]}") from error
     model.eval()
     return model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from stages.common.errors import InputError
-from stages.models.load import attention, quiet_transformers, require_model_directory
+from stages.models.load import load_model
 
 SHIFT = "score_shift"
 """Key in the model's config: subtracted from the head's output, so that SFT samples average 0."""
@@ -23,16 +23,7 @@ def init_reward_model(sft: Path, dtype: torch.dtype, seed: int) -> PreTrainedMod
 
     The head's initialisation is that of Stiennon et al. 2020 (arXiv:2009.01325), drawn from its own generator.
     """
-    require_model_directory(sft)
-    quiet_transformers()
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        sft,
-        num_labels=1,
-        dtype=dtype,
-        trust_remote_code=False,
-        use_safetensors=True,
-        attn_implementation=attention(),
-    )
+    model = load_model(AutoModelForSequenceClassification, sft, dtype, num_labels=1)
     head = _head(model)
     generator = torch.Generator().manual_seed(seed)
     scale = (head.weight.shape[1] + 1) ** -0.5
@@ -40,7 +31,6 @@ def init_reward_model(sft: Path, dtype: torch.dtype, seed: int) -> PreTrainedMod
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * scale)
     setattr(model.config, SHIFT, 0.0)
     setattr(model.config, RANGE, [0.0, 0.0])
-    model.eval()
     return model
 
 
@@ -50,18 +40,9 @@ def load_reward_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         InputError: `path` holds no reward model with one output.
     """
-    require_model_directory(path)
-    quiet_transformers()
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        path,
-        dtype=dtype,
-        trust_remote_code=False,
-        use_safetensors=True,
-        attn_implementation=attention(),
-    )
+    model = load_model(AutoModelForSequenceClassification, path, dtype)
     if model.config.num_labels != 1:
         raise InputError(f"{path}: has {model.config.num_labels} outputs; a reward model has one")
-    model.eval()
     return model
 
 

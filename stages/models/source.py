@@ -8,8 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.quantization_config import GgufConfig
 
 from stages.common.errors import InputError, SettingError
+from stages.common.watched import warn_unless_watched
 from stages.models.config import HubSource, ModelConfig, PackageSource, PathSource
 from stages.models.load import load_policy, load_tokenizer, move, quiet_transformers, save_model
+
+WATCHED = Path("inputs/model")
+"""The folder whose changes DVC sees."""
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """For base models without a chat format: the messages' contents, joined."""
@@ -42,6 +46,7 @@ def _load(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         case PackageSource() as source:
             return _load_gguf(_find_package_file(source))
         case PathSource(path=path):
+            warn_unless_watched(Path(path), WATCHED)
             return load_policy(Path(path), dtype=torch.bfloat16), load_tokenizer(Path(path))
         case HubSource(repo=repo, revision=revision):
             return _load_hub(repo, revision)

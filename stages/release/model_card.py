@@ -1,6 +1,5 @@
 """The README.md of an exported model: what it is, what it was made from, what was measured."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,13 +55,21 @@ def _front_matter(model: ModelConfig) -> str:
 
 
 def _flatten(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Numbers and intervals by `file: name`; tables are left to the metrics files."""
+    """Numbers and intervals by `file/name`; tables are left to the metrics files."""
     rows = {}
     for file, values in metrics.items():
         for name, value in values.items():
             if isinstance(value, int | float) or (isinstance(value, list) and _is_interval(value)):
-                rows[f"{file}: {name}"] = json.dumps(value)
+                full_name = name if name.startswith(f"{file}/") else f"{file}/{name}"
+                rows[full_name] = _format(value)
     return rows
+
+
+def _format(value: float | list[float]) -> str:
+    """Four significant digits; whole numbers as they are."""
+    if isinstance(value, list):
+        return " … ".join(_format(part) for part in value)
+    return str(int(value)) if value == int(value) else f"{value:.4g}"
 
 
 def _is_interval(value: list[Any]) -> bool:

@@ -2,11 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from stages.common.config import Section
-from stages.data.text import TooLong
-from stages.learner.config import LearnerConfig
+from stages.learner.config import EpochsConfig
 
 
 class PairsConfig(Section):
@@ -25,19 +24,8 @@ class PairsConfig(Section):
     """Of the sampling."""
 
 
-class RewardConfig(Section):
-    """The reward model, trained from the SFT weights with the Bradley–Terry loss."""
+class RewardConfig(EpochsConfig):
+    """The reward model, trained from the SFT weights with the Bradley–Terry loss.
 
-    learner: LearnerConfig
-    num_epochs: PositiveInt
-    """Passes over the pairs."""
-    batch_size: PositiveInt
-    """Pairs per update."""
-    max_tokens: PositiveInt
-    """Prompt and completion together, in tokens."""
-    too_long: TooLong = "drop"
-    """What happens to pairs with a longer side; either way they are counted in metrics/reward.json."""
-    checkpoint_every: PositiveInt = 50
-    """Updates between resume points."""
-    seed: int = Field(default=0, ge=0)
-    """Of the scalar head's initialisation, the order of the pairs and the bootstrap."""
+    The seed makes the scalar head, orders the pairs and resamples for the interval of the accuracy.
+    """

@@ -19,9 +19,9 @@ from stages.common.metrics import Mean
 from stages.data.batches import SequenceBatch, collate, split_by_tokens
 from stages.data.records import Completion
 from stages.data.text import LengthReport, TokenSequence, limit_lengths
-from stages.learner.engine import Learner, LossFunction, compute_type, select_device
+from stages.learner.engine import Learner, LossFunction, compute_type
 from stages.learner.epochs import Epochs, LogMetrics, train_epochs
-from stages.models.load import load_tokenizer, move, save_model, select_trainable
+from stages.models.load import load_tokenizer, move, save_model, select_device, select_trainable
 from stages.models.reward_model import RANGE, SHIFT, compute_scores, init_reward_model
 from stages.reward.config import RewardConfig
 from stages.reward.pairs import TokenPair

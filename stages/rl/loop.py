@@ -226,6 +226,7 @@ class Loop:
         version = self._parts.learner.updates
         values = {name: mean.value for name, mean in metrics.items()}
         values |= {f"time/{phase}": seconds for phase, seconds in self.progress.seconds.items()}
+        values["time/elapsed_s"] = self.progress.seconds["wall_s"]
         values |= {"learner/policy_version": version, "rollout/completions_total": self.progress.num_samples}
         self._log_metrics(values, version)
         logger.info(

@@ -15,8 +15,9 @@ from stages.data.batches import SequenceBatch, collate, split_by_tokens
 from stages.data.records import Completion
 from stages.data.text import TokenSequence
 from stages.generation.protocol import Group
-from stages.learner.engine import compute_type, select_device
+from stages.learner.engine import compute_type
 from stages.learner.logprobs import compute_logprobs
+from stages.models.load import select_device
 from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.records import LossInputs, Rollout, Unit
 

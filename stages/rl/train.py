@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from stages.common.errors import InputError
+from stages.common.errors import InputError, SettingError
 from stages.data.seeds import derive_seed
 from stages.data.store import read_prompts
 from stages.generation.config import GenerationConfig
 from stages.generation.requests import make_requests
 from stages.generation.start import start_generator
-from stages.learner.engine import Learner, select_device
+from stages.learner.engine import Learner
 from stages.learner.logprobs import require_plain_head
-from stages.models.load import freeze, load_policy, load_tokenizer, move, select_trainable
+from stages.models.load import freeze, load_policy, load_tokenizer, move, select_device, select_trainable
 from stages.rl.algorithms import ALGORITHMS
 from stages.rl.config import RlConfig
 from stages.rl.loop import Loop, Parts, Progress
@@ -77,7 +77,7 @@ def _start_parts(
     if not train or not validation:
         limit = generation.max_prompt_tokens
         raise InputError(f"{inputs.data}: no prompt fits into generation.max_prompt_tokens={limit}")
-    scorer = RewardScorer(inputs.reward, config.learner.dtype, config.learner.micro_batch_tokens, select_device())
+    scorer = RewardScorer(inputs.reward, config.learner.dtype, config.learner.micro_batch_tokens)
     missing_eos_score = resolve_missing_eos_score(config.missing_eos_score, scorer.sft_range)
     model = load_policy(inputs.sft, torch.float32)
     require_plain_head(model)
@@ -87,6 +87,9 @@ def _start_parts(
     reference_model = move(load_policy(inputs.sft, torch.float32), select_device())
     freeze(reference_model)
     settings = config.algorithm.model_dump(exclude={"name"})
+    algorithm = ALGORITHMS[config.algorithm.name](**settings)
+    if algorithm.needs_value_model:
+        raise SettingError(f"rl.algorithm.name={config.algorithm.name!r} needs a value model, which the loop has not")
     with start_generator(inputs.sft, generation, seed=config.seed, log_path=workdir / "generator.log") as generator:
         yield Parts(
             generator=generator,
@@ -95,7 +98,7 @@ def _start_parts(
             learner=learner,
             reference=Reference(reference_model, config.learner.dtype, generation.temperature),
             publisher=WeightsPublisher(inputs.sft, workdir / "weights"),
-            algorithm=ALGORITHMS[config.algorithm.name](**settings),
+            algorithm=algorithm,
             train_prompts=train,
             validation_prompts=validation[: config.num_eval_prompts],
         )

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from stages.data.batches import collate, split_by_tokens
 from stages.data.records import Completion
 from stages.data.text import TokenSequence
-from stages.learner.engine import compute_type, select_device
+from stages.learner.engine import compute_type
 from stages.learner.logprobs import compute_logprobs
+from stages.models.load import select_device
 from stages.rl.rollouts import Reference
 
 logger = logging.getLogger(__name__)

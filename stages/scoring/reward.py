@@ -9,7 +9,7 @@ import torch
 from stages.data.batches import collate, split_by_tokens
 from stages.data.records import Completion
 from stages.data.text import TokenSequence
-from stages.models.load import freeze, move
+from stages.models.load import freeze, move, select_device
 from stages.models.reward_model import RANGE, compute_scores, load_reward_model
 
 
@@ -20,7 +20,6 @@ class RewardScorer:
         path: directory of the reward model.
         dtype: of weights and compute.
         micro_batch_tokens: padded tokens of one forward pass.
-        device: where it runs.
     """
 
     def __init__(
@@ -28,12 +27,10 @@ class RewardScorer:
         path: Path,
         dtype: Literal["bf16", "fp32"],
         micro_batch_tokens: int,
-        device: torch.device | str = "cpu",
     ) -> None:
         weights = torch.bfloat16 if dtype == "bf16" else torch.float32
-        self._model = move(load_reward_model(path, weights), torch.device(device))
+        self._model = move(load_reward_model(path, weights), select_device())
         freeze(self._model)
-        self._device = torch.device(device)
         self._micro_batch_tokens = micro_batch_tokens
 
     @property
@@ -48,7 +45,7 @@ class RewardScorer:
         sequences = [TokenSequence(item.prompt_ids, item.token_ids) for item in completions]
         scores = [0.0] * len(sequences)
         for group in split_by_tokens([len(sequence) for sequence in sequences], self._micro_batch_tokens):
-            batch = collate([sequences[index] for index in group], self._device)
+            batch = collate([sequences[index] for index in group], select_device())
             values = compute_scores(self._model, batch.input_ids, batch.attention_mask)
             for index, value in zip(group, values.tolist(), strict=True):
                 scores[index] = value

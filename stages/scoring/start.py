@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from stages.common.errors import InputError
+from stages.common.watched import warn_unless_watched
 from stages.data.scorers import LengthScorer as LengthSettings
 from stages.data.scorers import ModelScorer, NoScorer, ScorerConfig
 from stages.data.scorers import TextblobScorer as TextblobSettings
@@ -36,8 +37,10 @@ def start_scorer(config: ScorerConfig | None, policy: Path) -> Scorer | None:
 
 def _start_model(path: Path, policy: Path) -> Scorer:
     from stages.models.load import load_tokenizer
+    from stages.models.source import WATCHED
     from stages.scoring.reward import RewardScorer
 
+    warn_unless_watched(path, WATCHED)
     if load_tokenizer(path).get_vocab() != load_tokenizer(policy).get_vocab():
         raise InputError(f"{path}: the gold model's tokenizer differs from that of {policy}; token ids would not match")
     return RewardScorer(path, "bf16", micro_batch_tokens=4096)

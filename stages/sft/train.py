@@ -18,10 +18,10 @@ from stages.common.metrics import Mean
 from stages.data.batches import SequenceBatch, collate, split_by_tokens
 from stages.data.records import Demonstration
 from stages.data.text import LengthReport, TokenSequence, encode_completion, encode_prompt, limit_lengths
-from stages.learner.engine import Learner, LossFunction, compute_type, select_device
+from stages.learner.engine import Learner, LossFunction, compute_type
 from stages.learner.epochs import Epochs, LogMetrics, train_epochs
 from stages.learner.logprobs import compute_logprobs, require_plain_head
-from stages.models.load import load_policy, load_tokenizer, move, save_model, select_trainable
+from stages.models.load import load_policy, load_tokenizer, move, save_model, select_device, select_trainable
 from stages.sft.config import SftConfig
 
 

@@ -15,6 +15,31 @@ from tests.tiny import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 280
+TOY_SETTINGS: dict[str, Any] = {
+    "data.task": {"name": "reviews", "num_prompts": 48, "num_demonstrations": 48},
+    "data.num_validation_prompts": 8,
+    "data.num_heldout_prompts": 8,
+    "generation.engine": "transformers",
+    "generation.dtype": "fp32",
+    "generation.max_new_tokens": 8,
+    "generation.max_prompt_tokens": 300,
+    "sft.max_tokens": 500,
+    "sft.checkpoint_every": 1,
+    "reward.max_tokens": 400,
+    "rl.num_updates": 4,
+    "rl.prompts_per_update": 4,
+    "rl.eval_every": 2,
+    "rl.num_eval_prompts": 4,
+    "rl.checkpoint_every": 1,
+    "rl.max_kl_nats": 1000.0,
+    "judge.num_shown": 2,
+    "tracking.system_metrics": False,
+    **{
+        f"{section}.learner.{name}": value
+        for section in ("sft", "reward", "rl")
+        for name, value in (("trainable_layers", "all"), ("dtype", "fp32"), ("lr", 0.01))
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +68,12 @@ class Project:
         dropped = {"DVC_STAGE", "MLFLOW_TRACKING_URI", "SLIPSTREAM_PIPELINE_RUN"}
         return {name: value for name, value in os.environ.items() if name not in dropped} | ours
 
-    def edit(self, **settings: Any) -> None:
-        """Change settings by dotted path, `rl__seed=1` for rl.seed."""
+    def edit(self, settings: dict[str, Any]) -> None:
+        """Change settings by dotted path."""
         path = self.path / "params.yaml"
         params = yaml.safe_load(path.read_text())
         for name, value in settings.items():
-            *sections, key = name.split("__")
+            *sections, key = name.split(".")
             target = params
             for section in sections:
                 target = target[section]
@@ -57,7 +82,7 @@ class Project:
 
 
 def make_project(path: Path) -> Project:
-    for name in ("stages", "flows"):
+    for name in ("stages", "flows", "inputs"):
         shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, path / name)
@@ -65,30 +90,7 @@ def make_project(path: Path) -> Project:
     subprocess.run(["git", "init", "--quiet"], cwd=path, check=True)
     project = Project(path)
     project.run("dvc", "init", "--quiet")
-    learner = {"trainable_layers": "all", "dtype": "fp32", "lr": 0.01}
-    for section in ("sft", "reward", "rl"):
-        project.edit(**{f"{section}__learner__{name}": value for name, value in learner.items()})
-    project.edit(
-        model__source={"kind": "path", "path": "tiny"},
-        data__task={"name": "reviews", "num_prompts": 48, "num_demonstrations": 48},
-        data__num_validation_prompts=8,
-        data__num_heldout_prompts=8,
-        generation__engine="transformers",
-        generation__dtype="fp32",
-        generation__max_new_tokens=8,
-        generation__max_prompt_tokens=300,
-        sft__max_tokens=500,
-        sft__checkpoint_every=1,
-        reward__max_tokens=400,
-        rl__num_updates=4,
-        rl__prompts_per_update=4,
-        rl__eval_every=2,
-        rl__num_eval_prompts=4,
-        rl__checkpoint_every=1,
-        rl__max_kl_nats=1000.0,
-        judge__num_shown=2,
-        tracking__system_metrics=False,
-    )
+    project.edit(TOY_SETTINGS | {"model.source": {"kind": "path", "path": "tiny"}})
     return project
 
 

@@ -64,7 +64,7 @@ def test_a_second_run_has_nothing_to_do(finished: Project) -> None:
 
 
 def test_one_changed_rl_setting_reruns_rl_and_what_follows(copy_of_finished: Project) -> None:
-    copy_of_finished.edit(rl__algorithm={"name": "remax", "kl_coef": 0.05, "kl_mode": "full_step"})
+    copy_of_finished.edit({"rl.algorithm": {"name": "remax", "kl_coef": 0.05, "kl_mode": "full_step"}})
 
     output = copy_of_finished.run("flows.dvc").stdout
 
@@ -127,7 +127,7 @@ def test_a_stage_killed_half_way_resumes_to_the_very_same_weights(
 
 
 def test_a_mistyped_setting_is_one_line_and_exit_code_2(copy_of_finished: Project) -> None:
-    copy_of_finished.edit(rl__num_update=3)
+    copy_of_finished.edit({"rl.num_update": 3})
 
     done = copy_of_finished.run("stages.train_policy", check=False)
 
@@ -150,7 +150,7 @@ def test_a_model_directory_without_weights_leaves_earlier_artifacts_alone(copy_o
 
 def test_a_full_disk_is_one_line_and_leaves_earlier_artifacts_alone(copy_of_finished: Project) -> None:
     before = hash_weights(copy_of_finished.path / "artifacts/sft")
-    copy_of_finished.edit(sft__seed=5)
+    copy_of_finished.edit({"sft.seed": 5})
 
     done = subprocess.run(
         # 64 blocks of 1,024 bytes: enough for the log, not for weights.

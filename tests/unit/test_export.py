@@ -57,8 +57,8 @@ def test_card_names_base_model_data_settings_and_metrics(project: Path) -> None:
     assert card.startswith("---\nlibrary_name: transformers")
     assert "base_model: someone/base" in card
     assert "| artifacts/data | `0123abc.dir` |" in card
-    assert "| judge: gold_win_rate | 0.75 |" in card
-    assert "| judge: gold_win_rate_interval | [0.6, 0.9] |" in card
+    assert "| judge/gold_win_rate | 0.75 |" in card
+    assert "| judge/gold_win_rate_interval | 0.6 … 0.9 |" in card
     assert "second_win_rate" not in card
     assert "temperature: 0.7" in card
     assert "Licence" in card

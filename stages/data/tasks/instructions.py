@@ -3,9 +3,9 @@
 There are no pairs: a gold scorer, if the task names one, labels what the SFT model samples.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from stages.common.config import Section
 from stages.data.files import read_rows
@@ -33,9 +33,19 @@ class InstructionsTask(Section):
     max_bad_rows: NonNegativeInt = 0
     """Rows with unusable text that may be dropped; one more stops the stage and names the first."""
     gold: ScorerConfig = NoScorer()
-    """Scorer that judges in people's place; none: an LLM judge is all there is."""
+    """Scorer that says which of two completions is better; there are no pairs, so one must be named."""
     second: ScorerConfig = NoScorer()
     """A scorer that is reported and never optimised."""
+
+    @model_validator(mode="after")
+    def check_gold(self) -> Self:
+        """Without pairs and without a scorer nothing says what is better."""
+        if isinstance(self.gold, NoScorer):
+            raise ValueError(
+                "data.task.gold='none': task instructions has no pairs, so a gold scorer must label samples; "
+                "allowed: vader, textblob, length, model"
+            )
+        return self
 
     def load(self, seed: int) -> TaskData:  # noqa: ARG002  # nothing is drawn: the source decides
         """Read the source.

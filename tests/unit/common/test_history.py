@@ -7,13 +7,14 @@ def test_a_resumed_step_counts_once_and_a_line_cut_by_a_kill_not_at_all(tmp_path
     path, seen = tmp_path / "history.jsonl", []
     first = History(path, lambda values, step: seen.append((step, values)))
     first.log({"loss": 3.0}, 1)
-    first.log({"loss": 2.0, "extra": 9.0}, 2)
+    first.log({"loss": 2.0}, 2)
     with path.open("a") as file:
         file.write('{"step": 3, "lo')
 
     second = History(path, lambda values, step: seen.append((step, values)))
     second.log({"loss": 2.5}, 2)
+    second.log({"eval": 7.0}, 2)
     second.write_csv(tmp_path / "plots/history.csv")
 
-    assert (tmp_path / "plots/history.csv").read_text().split() == ["step,loss", "1,3.0", "2,2.5"]
-    assert [step for step, _ in seen] == [1, 2, 2]
+    assert (tmp_path / "plots/history.csv").read_text().split() == ["step,eval,loss", "1,,3.0", "2,7.0,2.5"]
+    assert [step for step, _ in seen] == [1, 2, 2, 2]

@@ -29,11 +29,14 @@ def test_a_task_of_files_has_no_scorer_unless_it_names_one(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("{name: revues}", r"data\.task=.*'reviews', 'pairs', 'instructions'"),
+        ("{name: revues}", r"data\.task\.name=.*'reviews', 'pairs', 'instructions'"),
         ("{name: pairs}", r"data\.task\.(pairs\.)?source: missing"),
         ("{name: reviews, num_prompts: 0}", r"data\.task\.(reviews\.)?num_prompts=0: input should be greater than"),
         ("{name: reviews, source: a.csv}", r"data\.task\.(reviews\.)?source: unknown setting"),
-        ("{name: pairs, source: a.csv, gold: {name: bleu}}", r"data\.task\.(pairs\.)?gold=.*'vader', 'textblob'"),
+        (
+            "{name: pairs, source: a.csv, gold: {name: bleu}}",
+            r"data\.task\.gold\.name='bleu': allowed: 'none', 'vader', 'textblob'",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(tmp_path: Path, task: str, message: str) -> None:

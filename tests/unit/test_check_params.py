@@ -1,0 +1,48 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.check_params import main
+from stages.common.config import read_params
+from stages.common.errors import SettingError
+
+
+def write_params(folder: Path, section: str, key: str, value: Any) -> None:
+    params = read_params()
+    params[section][key] = value
+    YAML().dump(params, folder / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("rl", "num_eval_prompts", 81, "rl.num_eval_prompts=81 exceeds data.num_validation_prompts=80"),
+        ("generation", "max_new_tokens", 49, "reward.max_tokens=136 is below generation.max_prompt_tokens"),
+    ],
+)
+def test_sections_that_do_not_fit_together_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, key: str, value: int, message: str
+) -> None:
+    write_params(tmp_path, section, key, value)
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SettingError) as caught:
+        main()
+
+    assert str(caught.value).startswith(message)
+
+
+def test_wrong_settings_of_all_sections_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = read_params()
+    params["sft"]["num_epochs"] = 0
+    params["judge"]["dtype"] = "fp16"
+    YAML().dump(params, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SettingError) as caught:
+        main()
+
+    lines = str(caught.value).splitlines()
+    assert [line.split("=")[0] for line in lines] == ["sft.num_epochs", "judge.dtype"]
