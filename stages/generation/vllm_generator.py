@@ -60,15 +60,19 @@ class VllmGenerator:
 
     def publish(self, weights: Path, policy_version: int) -> None:
         """Load the weights of a model directory into the running engine."""
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.resolve())}}
         try:
-            response = httpx.post(f"{self._url}/collective_rpc", json=call, timeout=self._config.request_timeout_s)
-            response.raise_for_status()
+            self._call_workers("reload_weights", weights_path=str(weights.resolve()))
+            self._call_workers("refresh_tied_heads")
         except httpx.HTTPError as error:
             raise GeneratorError(
                 f"publishing policy_version={policy_version} failed: {error}\n{self._tail()}"
             ) from error
         self._version = policy_version
+
+    def _call_workers(self, method: str, **arguments: str) -> None:
+        body = {"method": method, "kwargs": arguments}
+        timeout_s = self._config.request_timeout_s
+        httpx.post(f"{self._url}/collective_rpc", json=body, timeout=timeout_s).raise_for_status()
 
     def generate(self, requests: Sequence[Request], plan: SamplingPlan) -> list[Group]:
         """All prompts at once; see `Generator.generate`."""

@@ -19,6 +19,8 @@ from stages.generation.config import GenerationConfig
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "policy"
+PROJECT = Path(__file__).resolve().parents[2]
+"""Where the worker processes import `vllm_worker` from."""
 
 
 def start_server(model: Path, config: GenerationConfig, seed: int, log_path: Path) -> tuple[GuardedProcess, str]:
@@ -73,6 +75,7 @@ def _command(model: Path, config: GenerationConfig, seed: int, port: int) -> lis
         *("--logprobs-mode", "processed_logprobs"),
         # Sampling defaults of the model's own generation_config would truncate the distribution.
         *("--generation-config", "vllm"),
+        *("--worker-extension-cls", "stages.generation.vllm_worker.WeightsExtension"),
         *("--uvicorn-log-level", "warning"),
     ]
     if not torch.cuda.is_available():
@@ -84,6 +87,7 @@ def _command(model: Path, config: GenerationConfig, seed: int, port: int) -> lis
 
 def _environment(config: GenerationConfig) -> dict[str, str]:
     return {
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that swap weights
         "VLLM_CPU_OMP_THREADS_BIND": config.cpu_cores,
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.common.errors import InputError
+from stages.common.errors import GeneratorError, InputError
 from stages.data.completion_store import write_completions
 from stages.data.records import Completion, Message
 from stages.data.tasks.task import make_prompt
@@ -12,9 +12,18 @@ from stages.generation.config import GenerationConfig
 from stages.judge.comparison import Scorers, read_comparison
 from stages.judge.config import JudgeConfig
 from stages.judge.evaluate import evaluate_comparison
-from stages.judge.sample import Columns, Models, Samples, measure_samples, read_policy_version, sample_both
+from stages.judge.sample import (
+    Columns,
+    Models,
+    Samples,
+    measure_samples,
+    read_policy_version,
+    require_sampled_by,
+    sample_both,
+)
 from stages.models.load import load_policy
 from stages.scoring.lexicon import LengthScorer
+from tests.fakes import make_completion
 from tests.tiny import save_tiny_model
 
 PROMPTS = [make_prompt([Message("user", text)], group=text) for text in ("good", "bad", "x" * 60)]
@@ -136,3 +145,11 @@ def test_policy_version_is_the_one_the_policy_was_published_with(tmp_path: Path)
     (tmp_path / "version.json").write_text(json.dumps({"policy_version": 30}))
 
     assert read_policy_version(tmp_path) == 30
+
+
+def test_completions_of_other_weights_are_refused() -> None:
+    completions = [make_completion("x"), make_completion("y")]  # two tokens each, -1 nat per token
+    require_sampled_by(Path("policy"), completions, [-2.05, -1.95])  # 0.025 nats a token
+
+    with pytest.raises(GeneratorError, match=r"policy: .* differ from the model's by 0.075 nats a token"):
+        require_sampled_by(Path("policy"), completions, [-2.15, -1.85])
