@@ -56,7 +56,7 @@ def predict_completions(
     kept = torch.bfloat16 if dtype == "bf16" else torch.float32
     groups = split_by_tokens([len(sequence) for sequence in sequences], micro_batch_tokens)
     batches, hidden = [], []
-    for group in progress(groups, "forward passes", unit="micro-batch"):
+    for group in progress(groups, "forward passes", unit="chunk"):
         batch = collate([sequences[index] for index in group], device)
         with torch.no_grad(), compute_type(dtype, device.type):
             states = select_predictors(model, batch)  # [N, H]

@@ -157,9 +157,10 @@ def _join_process_group() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" not in os.environ:
+        # DeepSpeed insists on this one. RANK stays unset: child processes would take it for a launcher's.
+        os.environ.setdefault("LOCAL_RANK", "0")
         # One rank needs no shared-memory reduction; building it would need a compiler and 20 seconds.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         meeting_point = Path(tempfile.mkdtemp(prefix="slipstream-")) / "rendezvous"
         torch.distributed.init_process_group(backend, init_method=f"file://{meeting_point}", rank=0, world_size=1)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
