@@ -48,5 +48,10 @@ def test_a_change_of_the_rl_settings_reaches_no_stage_before_rl() -> None:
     assert with_rl == {"train_policy"}
 
 
+@pytest.mark.parametrize("stage", sorted(PIPELINE))
+def test_no_shell_stands_between_dvc_and_a_stage(stage: str) -> None:
+    assert PIPELINE[stage]["cmd"] == f"exec python -m stages.{stage}"
+
+
 def test_the_flow_runs_every_dvc_stage_and_no_other() -> None:
     assert sorted(STAGES) == sorted(PIPELINE)

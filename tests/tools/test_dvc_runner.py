@@ -151,8 +151,11 @@ def test_ending_the_runner_leaves_no_stage_behind(project: Path, number: signal.
     assert runner.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 143)
 
 
-def test_killing_dvc_alone_ends_the_stage(project: Path) -> None:
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+def test_killing_dvc_alone_ends_the_stage(project: Path, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    monkeypatch.setenv("SHELL", shell)  # dvc runs commands in it; dash forks where bash becomes the command
     Path("stage.py").write_text(SLOW_STAGE)
+    Path("dvc.yaml").write_text(DVC_YAML.replace("cmd: python", "cmd: exec python"))
     runner = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "first"], stdout=subprocess.DEVNULL)
     helper = None
     try:
