@@ -31,9 +31,8 @@ def main() -> None:
         track_stage("sample_policy", config, resume_dir=workdir.path) as tracker,
         staging_directory(Path("artifacts/samples")) as staged,
     ):
-        log_path = workdir.path / "generator.log"
         prompts = read_prompts(Path("artifacts/data"), "heldout")
-        samples = sample_both(prompts, models, config, generation, log_path)
+        samples = sample_both(prompts, models, config, generation, workdir.path)
         sft_columns, policy_columns = measure_samples(samples, models, config, generation.temperature)
         write_completions(staged / "sft.parquet", samples.sft, sft_columns)
         write_completions(staged / "policy.parquet", samples.policy, policy_columns)

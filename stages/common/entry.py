@@ -59,7 +59,7 @@ def run_entry(main: Callable[[], None]) -> NoReturn:
     _set_up_logging()
     if "DVC_STAGE" in os.environ:
         # Only under dvc: started by hand with nohup, a stage may outlive its shell.
-        die_with_parent(signal.SIGKILL)
+        die_with_parent(signal.SIGTERM)
         _exit_if_orphaned()
     signal.signal(signal.SIGTERM, exit_on_sigterm)
     sys.exit(_run(main))

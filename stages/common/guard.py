@@ -1,44 +1,78 @@
 """Keep a child process, and all it starts, from outliving its owner. Run as a script, standard library only.
 
-    python -S -E guard.py -- COMMAND...
+    python -S -E guard.py [--cores 0,2-3] [--remove PATH]... [--signal-group] -- COMMAND...
 
 The owner holds the other end of standard input. The command gets a session of its own; this process adopts
-its orphans. It ends with the command's exit code, after everything the command started has been killed.
+its orphans. It ends with the command's exit code, after everything the command started has been killed. If the
+owner is gone too, it deletes the `--remove` paths, which an owner that lives looks after itself.
 
 - standard input closed, or the owner gone (even by SIGKILL): everything is killed at once;
-- SIGTERM: the command's process group is asked to stop, and killed after `GRACE_S` seconds;
+- SIGTERM: the command (with `--signal-group` its whole process group) is asked to stop, and everything is
+  killed when it ended, at the latest after `GRACE_S` seconds;
 - SIGINT (Ctrl-C reaches the whole terminal): left to the owner.
+
+Python's resource trackers are killed last: they unlink the shared memory of processes that cannot any more.
 """
 
+import argparse
 import contextlib
 import ctypes
 import os
+import re
 import select
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
 GRACE_S = 30.0
 """Seconds between SIGTERM and SIGKILL."""
 _KILL_FOR_S = 10.0
+_TRACKERS_HAVE_S = 3.0
+_TRACKER = b"resource_tracker import main"
+"""In the command line of a resource tracker, that of multiprocessing as well as joblib's."""
 _OWNER_CHECK_S = 0.5
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def main(command: list[str]) -> int:
+def parse_cores(text: str) -> set[int]:
+    """The CPU cores named by numbers and ranges, such as `0,2-3`.
+
+    Raises:
+        ValueError: the text is anything else.
+    """
+    cores: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
+        named = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not named:
+            raise ValueError(f"cores {text!r}: expected numbers and rising ranges, such as 0 or 0,2-3")
+        cores.update(named)
+    return cores
+
+
+def main(
+    command: list[str], *, cores: set[int] | None = None, remove: Sequence[str] = (), signal_group: bool = False
+) -> int:
     """Run the command under guard; returns its exit code, 128 + N if signal N ended it."""
+    # A SIGTERM waits until we, and the command, are ready for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     owner = os.getppid()
     _set_process_control(_PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     woken = _wake_on_signals()
-    child = _start(command)
-    exit_code = _watch(child, owner, woken)
+    child = _start(command, cores)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    exit_code = _watch(child, owner, woken, -child if signal_group else child)
     _kill_descendants(child)
+    for path in remove if os.getppid() != owner else ():
+        _remove(path)
     return exit_code
 
 
-def _start(command: list[str]) -> int:
+def _start(command: list[str], cores: set[int] | None) -> int:
     """Start the command in its own session; it is killed should this process be."""
     guard = os.getpid()
     child = os.fork()
@@ -49,6 +83,8 @@ def _start(command: list[str]) -> int:
         _set_process_control(_PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        _pin(cores)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if os.getppid() == guard:
             os.execvp(command[0], command)
@@ -57,8 +93,20 @@ def _start(command: list[str]) -> int:
     os._exit(127)
 
 
-def _watch(child: int, owner: int, woken: int) -> int:
-    """Wait until the child ended or must be killed; returns the exit code to leave with."""
+def _pin(cores: set[int] | None) -> None:
+    """Run this process, and all it starts, on these cores."""
+    if sys.platform == "linux" and cores is not None:
+        try:
+            os.sched_setaffinity(0, cores)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot run on cores {sorted(cores)}") from error
+
+
+def _watch(child: int, owner: int, woken: int, asked: int) -> int:
+    """Wait until the child ended or must be killed; returns the exit code to leave with.
+
+    `asked` is the process, or minus the group, that SIGTERM is passed on to.
+    """
     deadline = None
     inputs = [0, woken]
     while True:
@@ -70,7 +118,7 @@ def _watch(child: int, owner: int, woken: int) -> int:
             return code if code >= 0 else 128 - code
         if signal.SIGTERM in numbers and deadline is None:
             deadline = time.monotonic() + GRACE_S
-            _kill_group(child, signal.SIGTERM)
+            _signal(asked, signal.SIGTERM)
         # The pipe may be held open by a fork of the owner, so its life is looked at as well.
         owner_ended = (0 in ready and not os.read(0, 512)) or os.getppid() != owner
         if owner_ended or (deadline is not None and time.monotonic() > deadline):
@@ -91,18 +139,28 @@ def _reap(child: int) -> int | None:
 
 
 def _kill_descendants(child: int) -> None:
-    """Kill the command's group, then whoever is left by pid; killed parents hand their children to us."""
-    _kill_group(child, signal.SIGKILL)
-    deadline = time.monotonic() + _KILL_FOR_S
-    while time.monotonic() < deadline:
+    """Kill all below us, resource trackers last; killed parents hand their children to us.
+
+    A tracker ends by itself when all it works for are dead, after it unlinked what they left.
+    """
+    if not os.path.isdir("/proc"):
+        _signal(-child, signal.SIGKILL)
+    started = time.monotonic()
+    while (spent_s := time.monotonic() - started) < _KILL_FOR_S:
         _reap(child)
         left = _descendants(os.getpid())
         if not left:
             return
         for pid in left:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            if spent_s > _TRACKERS_HAVE_S or not _is_tracker(pid):
+                _signal(pid, signal.SIGKILL)
         time.sleep(0.02)
+
+
+def _is_tracker(pid: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return _TRACKER in file.read()
+    return False
 
 
 def _descendants(root: int) -> list[int]:
@@ -124,10 +182,24 @@ def _descendants(root: int) -> list[int]:
     return found
 
 
-def _kill_group(group: int, number: signal.Signals) -> None:
-    # The group is gone, or (macOS) holds only zombies.
+def _signal(target: int, number: signal.Signals) -> None:
+    """Send a signal to a process, or to a group given as its negative number."""
+    # The target is gone, or (macOS) a group holds only zombies.
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
+        os.kill(target, number)
+
+
+def _remove(path: str) -> None:
+    """Delete a file, or a directory with all in it, if it is there."""
+    try:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        sys.stderr.write(f"cannot remove {path}: {error.strerror}\n")
 
 
 def _wake_on_signals() -> int:
@@ -146,7 +218,19 @@ def _set_process_control(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, int(value), 0, 0, 0)
 
 
+def _run(arguments: list[str]) -> int:
+    # Everything after the first `--` is the command's, whatever it looks like.
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(usage="guard.py [OPTION]... -- COMMAND...", allow_abbrev=False)
+    parser.add_argument("--cores", type=parse_cores)
+    parser.add_argument("--remove", action="append", default=[])
+    parser.add_argument("--signal-group", action="store_true")
+    options = parser.parse_args(arguments[:split])
+    command = arguments[split + 1 :]
+    if not command:
+        parser.error("no command")
+    return main(command, **vars(options))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[1] != "--":
-        sys.exit("usage: guard.py -- COMMAND...")
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(_run(sys.argv[1:]))

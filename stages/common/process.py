@@ -1,10 +1,11 @@
 """Servers and tools we start: nothing they start outlives us, whatever ends us (see guard.py)."""
 
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -53,12 +54,31 @@ class GuardedProcess:
         self.stop()
 
 
-def start_guarded(command: Sequence[str], *, env: Mapping[str, str] | None = None, log_path: Path) -> GuardedProcess:
-    """Start a command whose output goes to `log_path`. `env` is its whole environment; None is ours."""
+def start_guarded(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    log_path: Path,
+    cores: str | None = None,
+    remove: Sequence[Path] = (),
+) -> GuardedProcess:
+    """Start a server whose output goes to `log_path`; asked to stop, it ends its own children.
+
+    Args:
+        command: program and arguments.
+        env: its whole environment; None is ours.
+        log_path: appended to; its directory is made.
+        cores: CPU cores for it and all it starts, such as `0,2-3`; None is ours. Ignored outside Linux.
+        remove: files and directories deleted once all it started is dead, if we are too.
+
+    Raises:
+        ValueError: `cores` is no list of cores.
+    """
+    guarded = guard_command(command, cores=cores, remove=remove, signal_group=False)
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as log:
+    with log_path.open("ab") as log, _sigterm_blocked():
         process = subprocess.Popen(
-            guard_command(command),
+            guarded,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -69,10 +89,32 @@ def start_guarded(command: Sequence[str], *, env: Mapping[str, str] | None = Non
     return GuardedProcess(process, log_path)
 
 
-def guard_command(command: Sequence[str]) -> list[str]:
-    """The command line that runs `command` under guard; its standard input must be a pipe we hold."""
+def guard_command(
+    command: Sequence[str], *, cores: str | None = None, remove: Sequence[Path] = (), signal_group: bool = True
+) -> list[str]:
+    """The command line that runs `command` under guard; its standard input must be a pipe we hold.
+
+    `cores` and `remove` are those of `start_guarded`. With `signal_group` SIGTERM reaches the command's
+    whole process group, else the command alone.
+    """
+    options = ["--signal-group"] if signal_group else []
+    if cores is not None:
+        guard.parse_cores(cores)
+        options += ["--cores", cores]
+    for path in remove:
+        options += ["--remove", str(path.absolute())]
     # -S and -E: no site-packages and no PYTHON* variables, so it starts fast and cannot be broken by them.
-    return [sys.executable, "-S", "-E", str(Path(guard.__file__).resolve()), "--", *command]
+    return [sys.executable, "-S", "-E", str(Path(guard.__file__).resolve()), *options, "--", *command]
+
+
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """A guard started meanwhile takes a SIGTERM when it is ready: a stop right away skips no clean-up."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop_guard(process: "subprocess.Popen[Any]", timeout_s: float) -> int:

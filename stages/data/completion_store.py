@@ -23,6 +23,7 @@ SCHEMA = pyarrow.schema(
         ("is_finished", pyarrow.bool_()),
         ("first_policy_version", pyarrow.int32()),
         ("last_policy_version", pyarrow.int32()),
+        ("token_policy_versions", pyarrow.list_(pyarrow.int32())),
     ]
 )
 """One column per field of `Completion`; logprobs in nats."""
@@ -70,6 +71,6 @@ def _read(path: Path) -> Any:
 
 def _completion(row: dict[str, Any]) -> Completion:
     values = {field.name: row[field.name] for field in fields(Completion)}
-    for name in ("prompt_ids", "token_ids", "sampling_logprobs"):
+    for name in ("prompt_ids", "token_ids", "sampling_logprobs", "token_policy_versions"):
         values[name] = tuple(values[name])
     return Completion(**values)

@@ -69,3 +69,6 @@ class Completion:
     """Updates applied to the weights that sampled the first token; 0 is the SFT model."""
     last_policy_version: int
     """The same for the last token."""
+    token_policy_versions: tuple[int, ...] = ()
+    """The same for each token, where weights were swapped in the middle of the completion; empty where all tokens
+    are `first_policy_version`'s."""

@@ -1,8 +1,8 @@
 """Section `generation` of params.yaml: what samples completions, for every stage that needs them."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from stages.common.config import Section
 
@@ -25,14 +25,56 @@ class GenerationConfig(Section):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute type of the generator."""
     max_num_seqs: PositiveInt = 128
-    """Sequences the generator works on at once."""
+    """Sequences a server works on at once."""
     cpu_cores: str = "0-1"
-    """vLLM on CPU: the cores its threads are bound to, such as 0 or 0-1."""
+    """vLLM on CPU: the cores its threads are bound to, such as 0 or 0-1; `rl.generator.devices` in RL."""
     kv_cache_gib: PositiveInt = 1
     """vLLM on CPU: memory for keys and values, in GiB."""
     start_timeout_s: PositiveInt = 300
     """Seconds a server may take until it answers."""
     request_timeout_s: PositiveInt = 600
-    """Seconds one batch of requests may take."""
+    """Seconds one prompt's completions may take."""
     engine_args: tuple[str, ...] = Field(default=())
     """Further command-line arguments of the vLLM server, such as --tensor-parallel-size=2."""
+
+
+class FleetConfig(Section):
+    """The servers that sample, and how they are watched."""
+
+    replicas: int = Field(default=1, ge=0)
+    """Servers started and ended here, each on devices of its own."""
+    devices: tuple[str, ...] | Literal["auto"] = "auto"
+    """CPU cores or GPUs of each replica, such as ["0", "1"] or ["0,1", "2,3"]; auto: see stages/rl/placement.py."""
+    urls: tuple[str, ...] = ()
+    """Servers started elsewhere with `python -m stages.serve`, such as http://10.0.0.7:8000. They read published
+    weights from `weights_dir`, may come late, go away and come back."""
+    weights_dir: str | None = None
+    """Where weights are published; must be seen by every server under this path. None: shared memory, or the work
+    directory where there is none."""
+    kv_cache: Literal["keep", "recompute"] = "keep"
+    """Of completions that are running when weights are swapped in flight. keep: their earlier tokens' keys and values
+    stay those of the older weights. recompute: computed anew, at the price of a prefill."""
+    heartbeat_s: PositiveFloat = 2.0
+    """Seconds between two looks at a server."""
+    heartbeat_timeout_s: PositiveFloat = 60.0
+    """Seconds after which a server that does not answer is taken for hung."""
+    max_restarts: PositiveInt = 3
+    """Times in a row a server may be lost without having sampled anything in between."""
+    max_attempts: PositiveInt = 4
+    """Times a prompt may get an unusable answer before the run gives up; a lost server does not count."""
+
+    @model_validator(mode="after")
+    def check_servers(self) -> Self:
+        """There must be someone to sample, one set of devices for each, and a directory that all can read."""
+        if self.replicas + len(self.urls) == 0:
+            raise ValueError("rl.generator.replicas=0 and rl.generator.urls=[]: nothing would sample")
+        if self.devices != "auto" and len(self.devices) != self.replicas:
+            raise ValueError(
+                f"rl.generator.devices has {len(self.devices)} entries, one is needed for each of "
+                f"rl.generator.replicas={self.replicas}"
+            )
+        if self.urls and self.weights_dir is None:
+            raise ValueError(
+                "rl.generator.urls: set rl.generator.weights_dir to a directory that those servers see too"
+            )
+        return self

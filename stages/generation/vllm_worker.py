@@ -1,11 +1,16 @@
-"""Runs inside vLLM's worker process: what `reload_weights` leaves undone for tied weights.
+"""Runs inside vLLM's worker process: loads published weights, tied heads too.
 
 vLLM processes a reloaded tensor for one of the layers that share it (`vllm/model_executor/model_loader/reload`
 says so). With tied word embeddings that is the input embedding; the output head keeps the weights it was packed
 from, so a published version would sample with new layers and an old head.
 """
 
+import logging
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+_RELOAD_LOGGER = "vllm.model_executor.model_loader.reload"
 
 
 class WeightsExtension:
@@ -13,16 +18,65 @@ class WeightsExtension:
 
     model_runner: Any
 
-    def refresh_tied_heads(self) -> None:
-        """Tie every output head to the reloaded embedding again and pack it anew."""
+    def load_published(self, path: str) -> int:
+        """Load a safetensors file, which may hold a part of the model's tensors, or those of a model directory.
+
+        Returns:
+            How many tensors it held.
+
+        Raises:
+            ValueError: the file holds only some of the tensors that vLLM makes one layer of.
+        """
+        from safetensors.torch import load_file
+
+        is_whole = Path(path).is_dir()
+        files = sorted(Path(path).glob("*.safetensors")) if is_whole else [Path(path)]
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        if not is_whole:
+            require_whole_layers(weights, getattr(self.model_runner.get_model(), "packed_modules_mapping", None) or {})
+        log = logging.getLogger(_RELOAD_LOGGER)
+        level = log.level
+        log.setLevel(logging.ERROR)  # it warns of every layer that the file leaves as it is
+        try:
+            self.model_runner.reload_weights(weights_iterator=iter(weights.items()))
+        finally:
+            log.setLevel(level)
+        self._refresh_tied_heads(weights)
+        return len(weights)
+
+    def _refresh_tied_heads(self, loaded: Iterable[str]) -> None:
+        """Tie every output head to the embedding again and pack it anew, if the embedding was loaded."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         model = self.model_runner.get_model()
         if not getattr(model.config, "tie_word_embeddings", False):
             return
-        layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
-        embedding = next(layer for layer in layers if not isinstance(layer, ParallelLMHead))
-        for head in layers:
-            if isinstance(head, ParallelLMHead):
-                head.weight = embedding.weight
-                head.quant_method.process_weights_after_loading(head)
+        layers = {name: item for name, item in model.named_modules() if isinstance(item, VocabParallelEmbedding)}
+        heads = [item for item in layers.values() if isinstance(item, ParallelLMHead)]
+        name, embedding = next(pair for pair in layers.items() if pair[1] not in heads)
+        if not any(f".{name.rpartition('.')[2]}." in f".{item}" for item in loaded):
+            return
+        for head in heads:
+            head.weight = embedding.weight
+            head.quant_method.process_weights_after_loading(head)
+
+
+def require_whole_layers(names: Iterable[str], fused: dict[str, list[str]]) -> None:
+    """Refuse a part of a fused layer: vLLM would fill the rest of it with whatever is in memory.
+
+    Args:
+        names: of the tensors to load.
+        fused: layers of vLLM and what they are called in a model's files, such as qkv_proj: [q_proj, k_proj, v_proj].
+
+    Raises:
+        ValueError: with the tensor that is missing.
+    """
+    given = set(names)
+    for parts in fused.values():
+        for name in sorted(given):
+            part = next((item for item in parts if f".{item}." in name), None)
+            if part is None:
+                continue
+            missing = sorted({name.replace(f".{part}.", f".{other}.") for other in parts} - given)
+            if missing:
+                raise ValueError(f"{name} is to be loaded without {missing[0]}, with which it forms one layer")

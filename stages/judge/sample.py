@@ -11,9 +11,9 @@ from stages.common.errors import GeneratorError, InputError
 from stages.data.records import Completion, Prompt
 from stages.data.text import TokenSequence
 from stages.generation.config import GenerationConfig
-from stages.generation.protocol import Generator, Request, SamplingPlan
+from stages.generation.protocol import Generator, Request, SamplingPlan, WeightsUpdate, generate
 from stages.generation.requests import make_requests
-from stages.generation.start import start_generator
+from stages.generation.start import GeneratorSettings, start_generator
 from stages.judge.config import JudgeConfig
 from stages.judge.measure import Predictions, predict_completions, sum_kl, sum_logprobs
 from stages.models.load import freeze, load_policy, load_tokenizer, move, require_model_directory, select_device
@@ -70,7 +70,7 @@ def read_policy_version(policy: Path) -> int:
 
 
 def sample_both(
-    prompts: Sequence[Prompt], models: Models, config: JudgeConfig, generation: GenerationConfig, log_path: Path
+    prompts: Sequence[Prompt], models: Models, config: JudgeConfig, generation: GenerationConfig, workdir: Path
 ) -> Samples:
     """Completions of the SFT model, then of the policy, from one generator that is started once.
 
@@ -79,7 +79,7 @@ def sample_both(
         models: both model directories.
         config: section `judge`.
         generation: section `generation`.
-        log_path: where a server writes.
+        workdir: where servers write their logs.
 
     Raises:
         InputError: no model where one is expected, or no prompt is within `max_prompt_tokens`.
@@ -92,9 +92,10 @@ def sample_both(
             f"artifacts/data: no held-out prompt fits into generation.max_prompt_tokens={generation.max_prompt_tokens}"
         )
     plan = SamplingPlan(config.samples_per_prompt)
-    with start_generator(models.sft, generation, seed=config.seed, log_path=log_path) as generator:
+    settings = GeneratorSettings(seed=config.seed)
+    with start_generator(models.sft, generation, log_dir=workdir, settings=settings) as generator:
         from_sft = _sample(generator, requests, plan)
-        generator.publish(models.policy, models.policy_version)
+        generator.publish(WeightsUpdate(models.policy_version, models.policy))
         from_policy = _sample(generator, requests, plan)
     return Samples(from_sft, from_policy, len(requests), num_too_long)
 
@@ -158,7 +159,7 @@ def require_sampled_by(model: Path, completions: Sequence[Completion], logprobs:
 
 
 def _sample(generator: Generator, requests: Sequence[Request], plan: SamplingPlan) -> list[Completion]:
-    return [completion for group in generator.generate(requests, plan) for completion in group]
+    return [completion for group in generate(generator, requests, plan) for completion in group]
 
 
 def _predict(path: Path, sets: Sequence[Sequence[Completion]], config: JudgeConfig) -> list[Predictions]:

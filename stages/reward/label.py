@@ -12,9 +12,9 @@ from stages.data.records import Completion, Pair, Split
 from stages.data.store import read_pairs, read_prompts
 from stages.data.text import decode_completion, encode_completion, encode_prompt
 from stages.generation.config import GenerationConfig
-from stages.generation.protocol import Generator, Request, SamplingPlan
+from stages.generation.protocol import Generator, Request, SamplingPlan, generate
 from stages.generation.requests import make_requests
-from stages.generation.start import start_generator
+from stages.generation.start import GeneratorSettings, start_generator
 from stages.models.load import load_tokenizer
 from stages.reward.config import PairsConfig
 from stages.reward.pairs import TokenPair, select_pairs
@@ -45,7 +45,7 @@ def label_samples(
     generator: Generator, gold: Scorer, requests: Sequence[Request], num_too_long: int, config: PairsConfig
 ) -> LabelledPairs:
     """K completions a prompt, scored by gold, paired."""
-    groups = generator.generate(requests, SamplingPlan(config.samples_per_prompt))
+    groups = generate(generator, requests, SamplingPlan(config.samples_per_prompt))
     samples = [completion for group in groups for completion in group]
     scores = gold.score(samples)
     pairs: list[TokenPair] = []
@@ -74,7 +74,7 @@ def label_splits(
         gold: labels samples; None where people labelled.
         config: section `pairs`.
         generation: section `generation`.
-        workdir: where the generator logs.
+        workdir: where servers write their logs.
 
     Raises:
         SettingError: neither human pairs nor a gold scorer, so nothing can say what is better.
@@ -84,7 +84,8 @@ def label_splits(
     if gold is None and human["train"] is None:
         raise SettingError("data.task.gold is none and the task has no pairs; name a gold scorer that labels samples")
     labelled: dict[Split, LabelledPairs] = {}
-    with start_generator(sft, generation, seed=config.seed, log_path=workdir / "generator.log") as generator:
+    settings = GeneratorSettings(seed=config.seed)
+    with start_generator(sft, generation, log_dir=workdir, settings=settings) as generator:
         for split in LABELLED:
             prompts = read_prompts(data, split)
             pairs = human[split]
@@ -95,7 +96,8 @@ def label_splits(
                 continue
             kept, num_ties = label_human_pairs(pairs, tokenizer, gold, config)
             requests, too_long = make_requests(prompts, tokenizer, generation, config.seed)
-            groups = generator.generate(requests[:NUM_CENTRING_PROMPTS], SamplingPlan(1)) if split == "train" else []
+            centring = requests[:NUM_CENTRING_PROMPTS] if split == "train" else []
+            groups = generate(generator, centring, SamplingPlan(1))
             samples = [completion for group in groups for completion in group]
             labelled[split] = LabelledPairs(kept, samples, [], num_ties, too_long)
     return labelled

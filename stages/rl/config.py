@@ -5,7 +5,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from stages.common.config import Section
+from stages.generation.config import FleetConfig
 from stages.learner.config import LearnerConfig
+from stages.rl.staleness import StalenessRule
 
 
 class OnlineDpoConfig(Section):
@@ -20,6 +22,15 @@ class OnlineDpoConfig(Section):
     """sigmoid: DPO's. ipo: squared distance to 1/(2 beta)."""
 
 
+class CorrectionConfig(Section):
+    """Importance weights of the samples of older policies; bias and variance are in algorithms/importance.py."""
+
+    kind: Literal["none", "token_tis", "sequence_tis"] = "token_tis"
+    """token_tis: each token's ratio, of small variance. sequence_tis: its completion's, of small bias."""
+    max_weight: float = Field(default=2.0, ge=1, le=1e6)
+    """A larger ratio is cut to this; 1 only ever takes weight away."""
+
+
 class RemaxConfig(Section):
     """ReMax (arXiv:2310.10505): samples against the greedy completion."""
 
@@ -30,6 +41,8 @@ class RemaxConfig(Section):
     """Reward lost per nat of KL to the SFT model."""
     kl_mode: Literal["none", "one_step", "full_step"] = "full_step"
     """full_step: a token pays for its completion's KL from there on. one_step: for its own only."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """For completions that older weights sampled; those of the learner's own have ratio 1 but for rounding."""
 
     @model_validator(mode="after")
     def check_kl(self) -> Self:
@@ -50,7 +63,30 @@ class RlConfig(Section):
     num_updates: PositiveInt
     """Optimizer updates of the whole run."""
     prompts_per_update: PositiveInt
-    """Prompts sampled for each update."""
+    """Prompts of a mini-batch, which one update trains on."""
+    updates_per_rollout: PositiveInt = 1
+    """N: mini-batches sampled together."""
+    epochs_per_rollout: PositiveInt = 1
+    """T: times each mini-batch is trained on; above 1 where generation is what takes long."""
+    max_staleness: int = Field(ge=0)
+    """Updates by which a trained sample may be older than the weights that train on it. With U = N·T updates a
+    rollout: U − 1 is synchronous, 2U − 1 one step off as in arXiv:2410.18252, more lets the generator run further
+    ahead; see stages/rl/staleness.py."""
+    weight_update: Literal["drain", "in_flight"] = "drain"
+    """drain: a server finishes what it samples, then swaps weights; tickets are trained in order. in_flight: what runs
+    is frozen, weights are swapped, it goes on; what finishes first may be trained first."""
+    score_on: Literal["learner", "generator"] = "learner"
+    """Whose device the reward model runs on; on the generator's, groups are scored while the learner trains."""
+    reference_on: Literal["learner", "generator"] = "learner"
+    """The same for the reference's log-probabilities."""
+    generator: FleetConfig = FleetConfig()
+    learner_devices: str = "auto"
+    """CPU cores or GPUs of the learner, such as 1 or 2-3; auto: those the generator does not use."""
+    stall_timeout_s: PositiveFloat = 1800.0
+    """Seconds without any sign of life from the generator, while the learner waits for it, that end the run."""
+    replay_from: str | None = None
+    """Train from this ledger instead of a generator; see docs/ledger.md. Put it under inputs/ledger to have it
+    watched."""
     missing_eos_score: float | Literal["lowest"] = "lowest"
     """Score of a completion without its end; lowest: the lowest one seen on SFT samples, and a number must not
     be above that. In pairs a finished completion beats an unfinished one in any case."""
@@ -64,6 +100,32 @@ class RlConfig(Section):
     """Updates between resume points."""
     max_logprob_gap: PositiveFloat = 0.3
     """Mean |generator's − learner's logprob| on the same version, in nats a token, that stops the run: above it the
-    generator does not sample from the weights that were published."""
+    generator does not sample from the weights that were published. It bounds the probe of every publication, and the
+    mini-batches whose staleness is 0."""
     seed: int = Field(default=0, ge=0)
     """Order of the prompts and all sampling."""
+
+    @property
+    def rule(self) -> StalenessRule:
+        """The bound and the shape of a rollout."""
+        return StalenessRule(
+            self.max_staleness, self.updates_per_rollout, self.epochs_per_rollout, self.prompts_per_update
+        )
+
+    @model_validator(mode="after")
+    def check_rollouts(self) -> Self:
+        """The bound must be reachable and the run a whole number of rollouts."""
+        shape = (
+            f"rl.updates_per_rollout={self.updates_per_rollout} x rl.epochs_per_rollout={self.epochs_per_rollout} = "
+            f"{self.rule.cycle} updates a rollout"
+        )
+        least = self.rule.cycle - 1
+        if self.max_staleness < least:
+            raise ValueError(
+                f"rl.max_staleness={self.max_staleness} cannot be kept: {shape}, and the last of them trains samples "
+                f"{least} updates old even when nothing runs ahead; allowed: {least} (synchronous), "
+                f"{2 * self.rule.cycle - 1} (one step off) or any other number from {least} on"
+            )
+        if self.num_updates % self.rule.cycle:
+            raise ValueError(f"rl.num_updates={self.num_updates} is not a multiple of {shape}")
+        return self

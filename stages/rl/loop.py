@@ -1,236 +1,229 @@
-"""The RL loop: sample, score, learn, publish; then the same with the newer weights.
+"""The learner's loop: wait for a mini-batch, train, publish; the generators sample the next ones meanwhile.
 
-Every completion is sampled by exactly the weights it trains (staleness 0). A checkpoint holds the learner, its
-optimizer, how many rollouts were drawn (which fixes prompts and seeds), the best evaluation and the clock.
+    prompts ─► sampling.py ─► generators ─► inbox.py ─► mini_batch.py ─► learner ─► weights.py ─► generators
+               staleness.py says who may be sampled and trained; ledger/ records it; timeline.py says who did what when
+
+A checkpoint holds the learner, its optimizer, what is out with the generators, finished groups (in the ledger), the
+best evaluation, the clock and the ledger's offset. With `drain` it waits until only the newest weights have work
+to do, so that a resumed run samples every group by the weights that would have sampled it.
 """
 
-import functools
 import logging
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from stages.common.errors import RunError
 from stages.common.metrics import Mean
-from stages.common.progress import progress
-from stages.generation.config import GenerationConfig
-from stages.generation.protocol import Generator, Request, SamplingPlan
-from stages.learner.checkpoint import commit_checkpoint, find_checkpoint
-from stages.learner.engine import Learner
-from stages.rl.algorithms.protocol import Algorithm
+from stages.generation.protocol import Request
+from stages.learner.checkpoint import commit_checkpoint
 from stages.rl.config import RlConfig
-from stages.rl.prompts import select_prompts
-from stages.rl.rollouts import Reference, build_micro_batches, build_rollout, compute_loss, describe_rollout
-from stages.rl.scorer import score_completions
-from stages.rl.validation import Evaluation, estimate_kl, is_better
-from stages.rl.weights import WeightsPublisher, export_policy
-from stages.scoring.protocol import Scorer
+from stages.rl.ledger.reader import read_ledger
+from stages.rl.ledger.schema import Event
+from stages.rl.ledger.writer import Ledger
+from stages.rl.mini_batch import MiniBatch, rebuild_mini_batch
+from stages.rl.progress import Progress
+from stages.rl.sampling import Sampling
+from stages.rl.stopping import StopRequested, StopSignals
+from stages.rl.timeline import LEARNER
+from stages.rl.training import Training
+from stages.rl.validation import Evaluation, estimate_kl
+from stages.rl.weights import WeightsPublisher
 
 logger = logging.getLogger(__name__)
 
-MAX_EMPTY_ROLLOUTS = 10
-"""Rollouts in a row without anything to learn from (all scores equal) before the run gives up."""
+MAX_EMPTY_BATCHES = 10
+"""Mini-batches in a row without anything to learn from (all scores equal) before the run gives up."""
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What the loop drives; made by `train.py`."""
+class LoopParts:
+    """What the loop drives besides the learner; made by `train.py`."""
 
-    generator: Generator
-    scorer: Scorer
-    missing_eos_score: float
-    learner: Learner
-    reference: Reference
+    sampling: Sampling
     publisher: WeightsPublisher
-    algorithm: Algorithm
-    train_prompts: list[Request]
+    ledger: Ledger
+    stop: StopSignals
     validation_prompts: list[Request]
 
 
-@dataclass
-class Progress:
-    """What a resume needs besides the learner."""
-
-    num_rollouts: int = 0
-    num_samples: int = 0
-    first: Evaluation | None = None
-    best: Evaluation | None = None
-    last: Evaluation | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall-clock seconds by phase, over all resumes."""
-
-    @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        """Add the block's time to a phase."""
-        started = time.monotonic()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
-
-    def to_state(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """From what `to_state` gave."""
-        evaluations = {name: Evaluation(**state[name]) if state[name] else None for name in ("first", "best", "last")}
-        return cls(**{**state, **evaluations})
-
-
 class Loop:
-    """Runs all updates that are still to do, from the newest checkpoint in `workdir`."""
+    """Runs all updates that are still to do.
 
-    def __init__(
-        self,
-        parts: Parts,
-        config: RlConfig,
-        generation: GenerationConfig,
-        workdir: Path,
-        log_metrics: Callable[[dict[str, float], int], None],
-    ) -> None:
+    Args:
+        training: the learner and what surrounds it, at the checkpoint's state if the run is resumed.
+        parts: generators' side, ledger.
+        config: section `rl`.
+        progress: of the run so far.
+    """
+
+    def __init__(self, training: Training, parts: LoopParts, config: RlConfig, progress: Progress) -> None:
+        self._training = training
         self._parts = parts
         self._config = config
-        self._temperature = generation.temperature
-        self._workdir = workdir
-        self._log_metrics = log_metrics
-        self.progress = Progress()
+        self._rule = config.rule
+        self._progress = progress
+        self._rollout: list[MiniBatch] = []
 
     def run(self) -> None:
-        """Train to the last update; the best version lies in `best_directory`, the last one is published."""
-        learner = self._parts.learner
-        self._resume()
-        for _ in progress(range(learner.updates, self._config.num_updates), "RL", unit="update"):
-            with self.progress.clock("wall_s"):
-                metrics = self._update()
-                self._publish()
-                is_last = learner.updates == self._config.num_updates
-                if learner.updates % self._config.eval_every == 0 or is_last:
-                    metrics |= self._evaluate()
-            self._log(metrics)
-            if learner.updates % self._config.checkpoint_every == 0 and not is_last:
+        """Train to the last update.
+
+        Raises:
+            GeneratorError, RunError, NonFiniteLossError: the run cannot go on; its last checkpoint is kept.
+            KeyboardInterrupt, SystemExit: it was asked to stop, and has a checkpoint of this very update.
+        """
+        learner = self._training.learner
+        try:
+            if self._progress.first is None:
+                metrics = self._request(is_evaluated=True)
+                self._training.log_metrics({name: mean.value for name, mean in metrics.items()}, 0)
+            else:
+                self._reload_rollout()
+                if self._is_evaluated() and self._progress.last_version < learner.updates:
+                    self._request(is_evaluated=True)  # the run was stopped while it evaluated
+            while learner.updates < self._config.num_updates:
+                metrics = self._step()
+                self._training.log(metrics, self._counts(), self._config.num_updates)
+                if self._is_checkpointed():
+                    self._checkpoint()
+                self._parts.stop.check()
+        except StopRequested:
+            if self._progress.first is not None:
                 self._checkpoint()
+            self._parts.stop.leave()
 
-    @property
-    def best_directory(self) -> Path:
-        """Model directory of the best version so far."""
-        assert self.progress.best is not None
-        return self._workdir / f"best-v{self.progress.best.policy_version}"
+    def publish(self) -> None:
+        """Hand the learner's weights to the generators, which load them while the learner goes on."""
+        training, version = self._training, self._training.learner.updates
+        with training.timeline.span(LEARNER, "publish", version):
+            self._parts.sampling.publish(self._parts.publisher.write(training.learner.model, version))
 
-    def _resume(self) -> None:
-        found = find_checkpoint(self._workdir)
-        if found:
-            path, state = found
-            self._parts.learner.load(path)
-            self.progress = Progress.from_state(state)
-            logger.info("resumed policy_version=%d", self._parts.learner.updates)
-        self._publish()
-        if self.progress.first is None:
-            with self.progress.clock("wall_s"):
-                metrics = self._evaluate()
-            self._log_metrics({name: mean.value for name, mean in metrics.items()}, 0)
+    def _step(self) -> dict[str, Mean]:
+        """One update and what follows from it."""
+        parts, version = self._parts, self._training.learner.updates
+        mini_batch = self._next_mini_batch(version)
+        rows = mini_batch.rows_of(version, epoch=version % self._rule.cycle // self._rule.updates_per_rollout)
+        staleness = [row.staleness for row in rows]
+        metrics = self._training.train(mini_batch, staleness)
+        parts.ledger.add_update(rows)
+        self._progress.staleness.update(staleness)
+        self._check_gap(metrics)
+        metrics |= self._publish_and_evaluate()
+        parts.ledger.flush()
+        return metrics
 
-    def _update(self) -> dict[str, Mean]:
-        """Roll out until there is something to learn from, then make one update."""
-        for _ in range(MAX_EMPTY_ROLLOUTS):
-            metrics = self._try_update()
-            if metrics is not None:
-                return metrics
-            logger.warning("all scores are equal, nothing to learn rollout=%d", self.progress.num_rollouts)
+    def _next_mini_batch(self, version: int) -> MiniBatch:
+        """A new one in a rollout's first epoch, the same again in later ones."""
+        place = version % self._rule.cycle
+        if place == 0:
+            self._rollout.clear()
+        if place >= self._rule.updates_per_rollout:
+            return self._rollout[place % self._rule.updates_per_rollout]
+        self._rollout.append(self._sample_mini_batch(version, version // self._rule.cycle, place))
+        return self._rollout[-1]
+
+    def _sample_mini_batch(self, version: int, rollout: int, number: int) -> MiniBatch:
+        sampling, timeline = self._parts.sampling, self._training.timeline
+        preparation = self._training.preparation
+        for _ in range(MAX_EMPTY_BATCHES):
+            with timeline.span(LEARNER, "wait", version):
+                sampled = sampling.take(version)
+            with timeline.span(LEARNER, "score", version):
+                scores = preparation.score(sampled)
+            with timeline.span(LEARNER, "reference", version):
+                mini_batch = preparation.prepare(sampled, scores, (version, rollout, number))
+            if mini_batch is not None:
+                return mini_batch
+            logger.warning("all scores are equal, nothing to learn update=%d", version)
+            sampling.discard(sampled, version, "no_signal")
         raise RunError(
-            f"{MAX_EMPTY_ROLLOUTS} rollouts in a row had equal scores for every prompt: the reward model does not "
+            f"{MAX_EMPTY_BATCHES} mini-batches in a row had equal scores for every prompt: the reward model does not "
             "tell the policy's completions apart"
         )
 
-    def _try_update(self) -> dict[str, Mean] | None:
-        parts, state = self._parts, self.progress
-        prompts = select_prompts(
-            parts.train_prompts, state.num_rollouts, self._config.prompts_per_update, self._config.seed
-        )
-        with state.clock("generate_s"):
-            plan = SamplingPlan(parts.algorithm.num_samples, parts.algorithm.with_greedy)
-            groups = parts.generator.generate(prompts, plan)
-        completions = [completion for group in groups for completion in group]
-        with state.clock("score_s"):
-            scores = score_completions(parts.scorer, completions, parts.missing_eos_score)
-        state.num_rollouts += 1
-        state.num_samples += len(completions)
-        units, selection_metrics = parts.algorithm.select(build_rollout(groups, scores))
-        if not units:
-            return None
-        with state.clock("learn_s"):
-            reference = parts.reference if parts.algorithm.needs_reference else None
-            max_tokens = self._config.learner.micro_batch_tokens
-            micro_batches = build_micro_batches(completions, units, reference, max_tokens)
-            loss = functools.partial(
-                compute_loss, algorithm=parts.algorithm, num_units=len(units), temperature=self._temperature
-            )
-            metrics = parts.learner.update(micro_batches, loss)
-        self._check_gap(metrics["learner/sampling_logprob_gap"].value)
-        return metrics | selection_metrics | describe_rollout(groups, scores)
-
-    def _check_gap(self, gap: float) -> None:
-        if not gap <= self._config.max_logprob_gap:
+    def _check_gap(self, metrics: dict[str, Mean]) -> None:
+        """On fresh samples the generator's log-probabilities must be the learner's; others are left to the probe."""
+        gap = metrics["learner/sampling_logprob_gap"].value
+        if metrics["rollout/staleness/max"].value == 0 and not gap <= self._config.max_logprob_gap:
             raise RunError(
                 f"the generator's logprobs differ from the learner's by {gap:.3f} nats a token on average, above "
                 f"rl.max_logprob_gap={self._config.max_logprob_gap}: it does not sample from the published weights"
             )
 
-    def _publish(self) -> None:
-        with self.progress.clock("publish_s"):
-            version = self._parts.learner.updates
-            directory = self._parts.publisher.write(self._parts.learner.model, version)
-            self._parts.generator.publish(directory, version)
+    def _publish_and_evaluate(self) -> dict[str, Mean]:
+        version, is_evaluated = self._training.learner.updates, self._is_evaluated()
+        # At a checkpoint too: a resumed run can only sample by the checkpoint's own weights.
+        if not (is_evaluated or self._is_checkpointed() or self._rule.opens(version)):
+            return {}
+        self.publish()
+        return self._request(is_evaluated=is_evaluated)
+
+    def _is_evaluated(self) -> bool:
+        version = self._training.learner.updates
+        return version % self._config.eval_every == 0 or version == self._config.num_updates
+
+    def _is_checkpointed(self) -> bool:
+        return self._training.learner.updates % self._config.checkpoint_every == 0
+
+    def _request(self, *, is_evaluated: bool) -> dict[str, Mean]:
+        """Send off what the published weights may sample, the validation prompts before it."""
+        parts = self._parts
+        if is_evaluated:
+            parts.sampling.request_evaluation(parts.validation_prompts)
+        parts.sampling.request()
+        return self._evaluate() if is_evaluated else {}
 
     def _evaluate(self) -> dict[str, Mean]:
-        parts, state = self._parts, self.progress
-        with state.clock("evaluate_s"):
-            groups = parts.generator.generate(parts.validation_prompts, SamplingPlan(1))
-            completions = [completion for group in groups for completion in group]
-            scores = score_completions(parts.scorer, completions, parts.missing_eos_score)
-            max_tokens = self._config.learner.micro_batch_tokens
+        """Score the published weights on the validation prompts; training prompts are sampled meanwhile."""
+        training, version = self._training, self._training.learner.updates
+        with training.timeline.span(LEARNER, "wait", version):
+            sampled = self._parts.sampling.take_evaluation(len(self._parts.validation_prompts), version)
+        with training.timeline.span(LEARNER, "evaluate", version):
+            completions = [completion for item in sampled for completion in item.group]
+            scores = training.preparation.score(sampled)
+            reference, max_tokens = training.preparation.reference, training.preparation.max_tokens
             evaluation = Evaluation(
-                policy_version=parts.learner.updates,
+                policy_version=version,
                 score=sum(scores) / len(scores),
-                kl_nats=estimate_kl(parts.learner.model, parts.reference, completions, max_tokens),
+                kl_nats=estimate_kl(training.learner.model, reference, completions, max_tokens),
                 completion_tokens=sum(len(item.token_ids) for item in completions) / len(completions),
                 finished_fraction=sum(item.is_finished for item in completions) / len(completions),
             )
-            state.first = state.first or evaluation
-            state.last = evaluation
-            if is_better(evaluation, state.best, self._config.max_kl_nats):
-                state.best = evaluation
-                self._keep_best()
-        logger.info(
-            "evaluation policy_version=%d score=%.3f kl_nats=%.2f completion_tokens=%.1f",
-            *(evaluation.policy_version, evaluation.score, evaluation.kl_nats, evaluation.completion_tokens),
-        )
-        values = asdict(evaluation)
-        names = ("score", "kl_nats", "completion_tokens", "finished_fraction")
-        return {f"eval/{name}": Mean(values[name], 1) for name in names}
-
-    def _keep_best(self) -> None:
-        shutil.rmtree(self.best_directory, ignore_errors=True)
-        export_policy(self._parts.publisher.current, self.best_directory)
+            detail = evaluation.to_json()
+            self._parts.ledger.add_event(Event("evaluated", update=version, policy_version=version, detail=detail))
+            return training.note_evaluation(evaluation, self._progress)
 
     def _checkpoint(self) -> None:
-        commit_checkpoint(self._workdir, self._parts.learner.save, self.progress.to_state())
-        for older in self._workdir.glob("best-v*"):  # the committed state names the only one still needed
-            if older != self.best_directory:
-                shutil.rmtree(older)
+        training, parts, version = self._training, self._parts, self._training.learner.updates
+        with training.timeline.span(LEARNER, "checkpoint", version):
+            if self._config.weight_update == "drain":
+                parts.sampling.settle(version)
+            self._progress.num_samples = parts.sampling.num_samples
+            state: dict[str, Any] = {
+                "progress": self._progress.to_state(),
+                "sampling": parts.sampling.state(),
+                "ledger_offset": parts.ledger.flush(),
+                "timeline": training.timeline.state(),
+            }
+            commit_checkpoint(training.workdir, training.learner.save, state)
+            best = training.best_directory(self._progress)
+            for older in training.workdir.glob("best-v*"):  # the committed state names the only one still needed
+                if older != best:
+                    shutil.rmtree(older)
 
-    def _log(self, metrics: dict[str, Mean]) -> None:
-        version = self._parts.learner.updates
-        values = {name: mean.value for name, mean in metrics.items()}
-        values |= {f"time/{phase}": seconds for phase, seconds in self.progress.seconds.items()}
-        values["time/elapsed_s"] = self.progress.seconds["wall_s"]
-        values |= {"learner/policy_version": version, "rollout/completions_total": self.progress.num_samples}
-        self._log_metrics(values, version)
-        logger.info(
-            "update=%d/%d loss=%.4f score=%.3f gap=%.3f",
-            *(version, self._config.num_updates, values["learner/loss"], values["reward/score"]),
-            values["learner/sampling_logprob_gap"],
-        )
+    def _reload_rollout(self) -> None:
+        """The mini-batches of the rollout that was in training, for its later epochs."""
+        version = self._training.learner.updates
+        first = version - version % self._rule.cycle
+        wanted = range(first, min(version, first + self._rule.updates_per_rollout))
+        ledger = read_ledger(self._parts.ledger.path)
+        for recorded in ledger.updates() if wanted else ():
+            if recorded.update in wanted:
+                self._rollout.append(rebuild_mini_batch(recorded, ledger, self._training.preparation))
+
+    def _counts(self) -> dict[str, float]:
+        sampling = self._parts.sampling
+        return {
+            "rollout/completions_total": sampling.num_samples,
+            "rollout/dropped_total": sum(sampling.dropped.values()),
+        }

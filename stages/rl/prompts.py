@@ -1,4 +1,4 @@
-"""Which prompts each update gets: every prompt once an epoch, in an order that needs no state to resume."""
+"""The stream of prompts: every prompt once a pass, in an order that needs no state to resume."""
 
 import random
 from collections.abc import Sequence
@@ -7,25 +7,27 @@ from stages.data.seeds import derive_seed
 from stages.generation.protocol import Request
 
 
-def select_prompts(requests: Sequence[Request], update: int, prompts_per_update: int, seed: int) -> list[Request]:
-    """The prompts of one update, each with a sampling seed of its own.
-
-    Prompts are shuffled anew for each epoch; updates walk through the epochs end to end, so none is skipped and none
-    repeated within one. An update may span two epochs.
+class PromptStream:
+    """Prompts by ticket number: shuffled anew for each pass, passes end to end, none skipped and none repeated in one.
 
     Args:
         requests: all training prompts.
-        update: 0-based.
-        prompts_per_update: how many.
         seed: of the run.
     """
-    chosen = []
-    for position in range(update * prompts_per_update, (update + 1) * prompts_per_update):
-        epoch, place = divmod(position, len(requests))
-        request = requests[_shuffled(len(requests), derive_seed(seed, "epoch", epoch))[place]]
-        own = derive_seed(seed, "sample", position, request.prompt_id)
-        chosen.append(Request(request.prompt_id, request.prompt_ids, own))
-    return chosen
+
+    def __init__(self, requests: Sequence[Request], seed: int) -> None:
+        self._requests = requests
+        self._seed = seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def get(self, ticket: int) -> Request:
+        """The prompt of a ticket, with a sampling seed of its own."""
+        number, place = divmod(ticket, len(self._requests))
+        if self._order[0] != number:
+            self._order = (number, _shuffled(len(self._requests), derive_seed(self._seed, "epoch", number)))
+        request = self._requests[self._order[1][place]]
+        own = derive_seed(self._seed, "sample", ticket, request.prompt_id)
+        return Request(request.prompt_id, request.prompt_ids, own)
 
 
 def _shuffled(length: int, seed: int) -> list[int]:

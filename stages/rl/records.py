@@ -44,3 +44,5 @@ class LossInputs:
     """The generator's, in nats. [B, T]"""
     reference_logprobs: Tensor
     """The frozen SFT model's, in nats. [B, T]"""
+    proximal_logprobs: Tensor | None = None
+    """The learner's before it first trained on these tokens, in nats; None unless the algorithm needs them. [B, T]"""

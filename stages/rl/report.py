@@ -1,14 +1,22 @@
 """What the RL stage reports in metrics/policy.json."""
 
-from stages.rl.loop import Progress
+from typing import Any
+
+from stages.rl.timeline import summarise_timeline
+from stages.rl.train import Result
+
+REASONS = ("replica_lost", "timeout", "unusable_answer", "stale", "no_signal")
+"""Why an attempt or a group was not trained on; see docs/ledger.md."""
 
 
-def summarise(progress: Progress, num_updates: int) -> dict[str, float]:
-    """Updates, samples, validation scores before and after, KL of the kept policy, seconds by phase."""
+def summarise(result: Result, num_updates: int) -> dict[str, Any]:
+    """Updates, samples, validation scores, KL of the kept policy, staleness, what was dropped, seconds by role."""
+    progress, timeline = result.progress, result.timeline
     first, best, last = progress.first, progress.best, progress.last
     assert first is not None
     assert best is not None
     assert last is not None
+    trained = progress.staleness.total()
     return {
         "updates": num_updates,
         "samples_total": progress.num_samples,
@@ -18,5 +26,10 @@ def summarise(progress: Progress, num_updates: int) -> dict[str, float]:
         "best_policy_version": best.policy_version,
         "kl_nats": best.kl_nats,
         "kl_nats_last": last.kl_nats,
-        **progress.seconds,
+        "staleness_mean": sum(value * count for value, count in progress.staleness.items()) / trained,
+        "staleness_max": max(progress.staleness),
+        "staleness_histogram": {str(value): count for value, count in sorted(progress.staleness.items())},
+        "samples_dropped": {reason: result.dropped.get(reason, 0) for reason in REASONS},
+        "publish_bytes": result.publish_bytes,
+        **summarise_timeline(timeline.totals(), timeline.elapsed_s),
     }

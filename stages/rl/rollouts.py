@@ -1,9 +1,9 @@
-"""From prompts to micro-batches: sample, score, select, look up the reference.
+"""From completions to micro-batches: select, look up the reference, lay out tensors.
 
 Shapes: B completions of a micro-batch, T completion tokens, right-padded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Reference:
-    """The frozen SFT model; its log-probabilities are only computed for completions that are trained on."""
+    """A model whose log-probabilities are needed without gradient: the frozen SFT model, or the learner as it is."""
 
     model: PreTrainedModel
     dtype: str
@@ -56,36 +56,87 @@ def build_rollout(groups: Sequence[Group], scores: Sequence[float]) -> Rollout:
     )
 
 
-def build_micro_batches(
-    completions: Sequence[Completion], units: Sequence[Unit], reference: Reference | None, max_tokens: int
-) -> list[MicroBatch]:
-    """Units of similar length together, at most `max_tokens` padded tokens each."""
+@dataclass(frozen=True)
+class Member:
+    """One row of a micro-batch."""
+
+    row: int
+    """Place among the mini-batch's completions."""
+    unit: int
+    """Number of the unit in the mini-batch."""
+    completion: Completion
+    advantage: float | None
+    """None for algorithms on pairs."""
+    reference_logprobs: tuple[float, ...] | None = None
+    """None: to be computed where the algorithm needs them."""
+    proximal_logprobs: tuple[float, ...] | None = None
+
+
+def split_units(
+    completions: Sequence[Completion],
+    units: Sequence[Unit],
+    reference_logprobs: Sequence[tuple[float, ...] | None],
+    max_tokens: int,
+) -> list[list[Member]]:
+    """The rows of each micro-batch: units of similar length together, at most `max_tokens` padded tokens each."""
     lengths = [
         len(unit.rows) * max(len(completions[row].prompt_ids) + len(completions[row].token_ids) for row in unit.rows)
         for unit in units
     ]
     return [
-        _build_micro_batch(completions, [units[index] for index in group], reference)
-        for group in split_by_tokens(lengths, max_tokens)
+        [
+            Member(row, number, completions[row], advantage, reference_logprobs[row])
+            for number in numbers
+            for row, advantage in _rows_of(units[number])
+        ]
+        for numbers in split_by_tokens(lengths, max_tokens)
     ]
 
 
-def _build_micro_batch(
-    completions: Sequence[Completion], units: Sequence[Unit], reference: Reference | None
+def _rows_of(unit: Unit) -> Iterator[tuple[int, float | None]]:
+    yield from zip(unit.rows, unit.advantages or (None,) * len(unit.rows), strict=True)
+
+
+def build_micro_batch(
+    members: Sequence[Member], reference: Reference | None, proximal: Reference | None = None
 ) -> MicroBatch:
-    members = [completions[row] for unit in units for row in unit.rows]
-    sequences = collate([TokenSequence(item.prompt_ids, item.token_ids) for item in members], select_device())
+    """Tensors of one micro-batch.
+
+    Args:
+        members: its rows.
+        reference: computes the reference's log-probabilities where the rows have none; None: they are not needed.
+        proximal: the same for the learner's own before it trains on them.
+    """
+    sequences = collate(
+        [TokenSequence(item.completion.prompt_ids, item.completion.token_ids) for item in members], select_device()
+    )
     mask = sequences.completion_mask
-    sampling = torch.tensor([value for item in members for value in item.sampling_logprobs], device=mask.device)
-    weights = torch.tensor([value for unit in units for value in (unit.advantages or (0.0,) * len(unit.rows))])
+    advantages = torch.tensor([item.advantage or 0.0 for item in members], device=mask.device)
     zeros = torch.zeros(mask.shape, device=mask.device)
+    of_reference = _scatter_or_compute([item.reference_logprobs for item in members], sequences, reference)
     inputs = LossInputs(
         completion_mask=mask,
-        advantages=torch.where(mask, weights.to(mask.device)[:, None], zeros),
-        sampling_logprobs=zeros.masked_scatter(mask, sampling),
-        reference_logprobs=zeros if reference is None else reference.compute(sequences),
+        advantages=torch.where(mask, advantages[:, None], 0.0),
+        sampling_logprobs=_scatter([item.completion.sampling_logprobs for item in members], mask),
+        reference_logprobs=zeros if of_reference is None else of_reference,
+        proximal_logprobs=_scatter_or_compute([item.proximal_logprobs for item in members], sequences, proximal),
     )
     return MicroBatch(sequences, inputs)
+
+
+def _scatter_or_compute(
+    rows: Sequence[tuple[float, ...] | None], sequences: SequenceBatch, model: Reference | None
+) -> Tensor | None:
+    known = [row for row in rows if row is not None]
+    if len(known) == len(rows):
+        return _scatter(known, sequences.completion_mask)
+    return None if model is None else model.compute(sequences)
+
+
+def _scatter(rows: Sequence[Sequence[float]], mask: Tensor) -> Tensor:
+    """One value per token, right-padded with 0. [B, T]"""
+    values = torch.tensor([value for row in rows for value in row], device=mask.device)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
 def compute_loss(

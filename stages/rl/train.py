@@ -1,28 +1,56 @@
-"""Puts the RL loop's parts together and publishes its results."""
+"""Puts the RL loop's parts together, resumes what an earlier attempt left, and publishes the results."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from stages.common.errors import InputError, SettingError
+from stages.common.hashing import hash_paths, hash_text
+from stages.common.watched import warn_unless_watched
 from stages.data.seeds import derive_seed
 from stages.data.store import read_prompts
 from stages.generation.config import GenerationConfig
+from stages.generation.protocol import Generator, Request, SamplingPlan
 from stages.generation.requests import make_requests
-from stages.generation.start import start_generator
+from stages.generation.start import GeneratorSettings, start_generator
+from stages.learner.checkpoint import find_checkpoint
 from stages.learner.engine import Learner
 from stages.learner.logprobs import require_plain_head
 from stages.models.load import freeze, load_policy, load_tokenizer, move, select_device, select_trainable
 from stages.rl.algorithms import ALGORITHMS
+from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.config import RlConfig
-from stages.rl.loop import Loop, Parts, Progress
+from stages.rl.inbox import Inbox, StartScoring
+from stages.rl.ledger.compaction import publish_ledger
+from stages.rl.ledger.reader import read_groups
+from stages.rl.ledger.schema import Event, LedgerHeader
+from stages.rl.ledger.writer import Ledger
+from stages.rl.loop import Loop, LoopParts
+from stages.rl.mini_batch import Preparation
+from stages.rl.placement import Placement, list_devices, pin_this_process, place
+from stages.rl.progress import Progress
+from stages.rl.prompts import PromptStream
+from stages.rl.replay import open_recording, replay
 from stages.rl.rollouts import Reference
+from stages.rl.sampling import Sampling, SamplingParts
 from stages.rl.scorer import resolve_missing_eos_score
-from stages.rl.weights import WeightsPublisher, export_policy
-from stages.scoring.reward import RewardScorer
+from stages.rl.scoring import ProcessSettings, ScoringJob, ScoringProcess
+from stages.rl.staleness import Admission
+from stages.rl.stopping import StopSignals
+from stages.rl.timeline import Timeline
+from stages.rl.training import LogMetrics, Training
+from stages.rl.weights import WeightsPublisher, copy_policy, open_scratch
+from stages.scoring.reward import RewardScorer, read_sft_range
+
+logger = logging.getLogger(__name__)
+
+LEDGER = "ledger"
+TIMELINE = "timeline.jsonl"
+WATCHED = Path("inputs/ledger")
+"""Ledgers to replay are put here; dvc.yaml names it as a dependency."""
 
 
 @dataclass(frozen=True)
@@ -34,41 +62,130 @@ class PolicyInputs:
     reward: Path
 
 
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """Directories that are filled when the run is complete."""
+
+    best: Path
+    last: Path
+    ledger: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What there is to report."""
+
+    progress: Progress
+    timeline: Timeline
+    dropped: dict[str, int]
+    publish_bytes: int
+
+
 def train_policy(
     inputs: PolicyInputs,
     config: RlConfig,
     generation: GenerationConfig,
     workdir: Path,
-    save_to: tuple[Path, Path],
-    log_metrics: Callable[[dict[str, float], int], None],
-) -> Progress:
-    """Train the SFT model against the reward model.
+    save_to: PolicyOutputs,
+    log_metrics: LogMetrics,
+) -> Result:
+    """Train the SFT model against the reward model, from a generator or from a recorded ledger.
 
     Args:
         inputs: prompts, SFT model, reward model.
         config: section `rl`.
         generation: section `generation`.
-        workdir: checkpoints, published weights, the generator's log.
-        save_to: directories of the best and of the last policy.
+        workdir: checkpoints, ledger, the generators' logs.
+        save_to: directories of the best and the last policy and of the ledger.
         log_metrics: called once per update.
 
     Raises:
-        SettingError: a setting that only the reward model's score range can show to be wrong.
+        SettingError: settings that do not go together with this machine or this reward model.
+        InputError: data that cannot be used, or a ledger of other settings.
         GeneratorError, NonFiniteLossError, RunError: the run cannot go on; its last checkpoint is kept.
     """
-    with _start_parts(inputs, config, generation, workdir) as parts:
-        loop = Loop(parts, config, generation, workdir, log_metrics)
-        loop.run()
-        best, last = save_to
-        export_policy(loop.best_directory, best)
-        export_policy(parts.publisher.current, last)
-    return loop.progress
+    placement = place(config, list_devices())
+    prompts = _read_prompts(inputs, config, generation)
+    setting = _Setting(inputs, config, generation, make_algorithm(config), placement, prompts, workdir)
+    timeline = Timeline(workdir / TIMELINE)
+    if config.replay_from is not None:
+        warn_unless_watched(Path(config.replay_from), WATCHED)
+        recording = open_recording(Path(config.replay_from), make_header(setting))
+        pin_this_process(placement.learner)
+        training, progress = _make_training(setting, timeline, log_metrics), Progress()
+        replay(recording, training, progress)
+        _save(training, progress, Path(config.replay_from), save_to)
+        return Result(progress, timeline, {}, 0)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(open_scratch(config.generator.weights_dir, workdir / "weights"))
+        stop = stack.enter_context(StopSignals())
+        generator = stack.enter_context(_start_generator(setting, timeline, scratch))
+        pin_this_process(placement.learner)  # servers that are started later say themselves where they run
+        training = _make_training(setting, timeline, log_metrics)
+        inbox = Inbox(generator, _scoring_starter(setting, training.preparation), timeline.add)
+        stack.callback(inbox.close)
+        ledger = Ledger.open(workdir / LEDGER, make_header(setting))
+        parts = _make_loop_parts(setting, generator, inbox, ledger, stop, scratch)
+        progress = _resume(training, parts)
+        Loop(training, parts, config, progress).run()
+        progress.num_samples = parts.sampling.num_samples
+        ledger.flush()
+        _save(training, progress, ledger.path, save_to)
+    return Result(progress, timeline, dict(parts.sampling.dropped), parts.publisher.num_bytes)
 
 
-@contextmanager
-def _start_parts(
-    inputs: PolicyInputs, config: RlConfig, generation: GenerationConfig, workdir: Path
-) -> Iterator[Parts]:
+def make_algorithm(config: RlConfig) -> Algorithm:
+    """The algorithm with its settings.
+
+    Raises:
+        SettingError: it needs what the loop has not.
+    """
+    algorithm = ALGORITHMS[config.algorithm.name](**config.algorithm.model_dump(exclude={"name"}))
+    if algorithm.needs_value_model:
+        raise SettingError(f"rl.algorithm.name={config.algorithm.name!r} needs a value model, which the loop has not")
+    return algorithm
+
+
+def make_header(setting: "_Setting") -> LedgerHeader:
+    """What a ledger of this run is recorded under."""
+    config, algorithm = setting.config, setting.algorithm
+    prompts = "\n".join(f"{item.prompt_id} {item.prompt_ids}" for item in setting.prompts.train)
+    return LedgerHeader(
+        max_staleness=config.max_staleness,
+        updates_per_rollout=config.updates_per_rollout,
+        epochs_per_rollout=config.epochs_per_rollout,
+        prompts_per_update=config.prompts_per_update,
+        num_updates=config.num_updates,
+        samples_per_prompt=algorithm.num_samples,
+        with_greedy=algorithm.with_greedy,
+        weight_update=config.weight_update,
+        seed=config.seed,
+        num_prompts=len(setting.prompts.train),
+        prompts_hash=hash_text(prompts),
+        model_hash=hash_paths((str(setting.inputs.sft),))[str(setting.inputs.sft)],
+    )
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    train: list[Request]
+    validation: list[Request]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Everything a run is determined by."""
+
+    inputs: PolicyInputs
+    config: RlConfig
+    generation: GenerationConfig
+    algorithm: Algorithm
+    placement: Placement
+    prompts: _Prompts
+    workdir: Path
+
+
+def _read_prompts(inputs: PolicyInputs, config: RlConfig, generation: GenerationConfig) -> _Prompts:
     tokenizer = load_tokenizer(inputs.sft)
     train, _ = make_requests(read_prompts(inputs.data, "train"), tokenizer, generation, config.seed)
     validation, _ = make_requests(
@@ -77,28 +194,125 @@ def _start_parts(
     if not train or not validation:
         limit = generation.max_prompt_tokens
         raise InputError(f"{inputs.data}: no prompt fits into generation.max_prompt_tokens={limit}")
-    scorer = RewardScorer(inputs.reward, config.learner.dtype, config.learner.micro_batch_tokens)
-    missing_eos_score = resolve_missing_eos_score(config.missing_eos_score, scorer.sft_range)
+    return _Prompts(train, validation[: config.num_eval_prompts])
+
+
+def _start_generator(setting: _Setting, timeline: Timeline, scratch: Path) -> AbstractContextManager[Generator]:
+    config = setting.config
+    shared_model = scratch / "first" if config.generator.urls else None
+    if shared_model is not None:
+        copy_policy(setting.inputs.sft, shared_model)
+    settings = GeneratorSettings(
+        fleet=config.generator,
+        devices=setting.placement.generators,
+        weight_update=config.weight_update,
+        seed=config.seed,
+        scratch=scratch,
+        shared_model=shared_model,
+    )
+    return start_generator(
+        setting.inputs.sft, setting.generation, log_dir=setting.workdir, settings=settings, record=timeline.add
+    )
+
+
+def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetrics) -> Training:
+    inputs, config = setting.inputs, setting.config
     model = load_policy(inputs.sft, torch.float32)
     require_plain_head(model)
     select_trainable(model, config.learner.trainable_layers, "rl.learner.trainable_layers")
-    learner = Learner(model, config.learner, config.num_updates, rescue_dir=workdir)
+    learner = Learner(model, config.learner, config.num_updates, rescue_dir=setting.workdir)
     # Same weights, same types, same code path as the learner: KL is exactly 0 before the first update.
     reference_model = move(load_policy(inputs.sft, torch.float32), select_device())
     freeze(reference_model)
-    settings = config.algorithm.model_dump(exclude={"name"})
-    algorithm = ALGORITHMS[config.algorithm.name](**settings)
-    if algorithm.needs_value_model:
-        raise SettingError(f"rl.algorithm.name={config.algorithm.name!r} needs a value model, which the loop has not")
-    with start_generator(inputs.sft, generation, seed=config.seed, log_path=workdir / "generator.log") as generator:
-        yield Parts(
-            generator=generator,
-            scorer=scorer,
-            missing_eos_score=missing_eos_score,
-            learner=learner,
-            reference=Reference(reference_model, config.learner.dtype, generation.temperature),
-            publisher=WeightsPublisher(inputs.sft, workdir / "weights"),
-            algorithm=algorithm,
-            train_prompts=train,
-            validation_prompts=validation[: config.num_eval_prompts],
-        )
+    dtype, temperature, max_tokens = (
+        config.learner.dtype,
+        setting.generation.temperature,
+        config.learner.micro_batch_tokens,
+    )
+    is_local = config.score_on == "learner" and config.replay_from is None
+    preparation = Preparation(
+        algorithm=setting.algorithm,
+        scorer=RewardScorer(inputs.reward, dtype, max_tokens) if is_local else None,
+        missing_eos_score=resolve_missing_eos_score(config.missing_eos_score, read_sft_range(inputs.reward)),
+        reference=Reference(reference_model, dtype, temperature),
+        learner=Reference(learner.model, dtype, temperature),
+        max_tokens=max_tokens,
+    )
+    return Training(learner, preparation, timeline, inputs.sft, setting.workdir, config.max_kl_nats, log_metrics)
+
+
+def _scoring_starter(setting: _Setting, preparation: Preparation) -> StartScoring | None:
+    """Starts the process that scores on the generator's devices, where the settings ask for one."""
+    config, on = setting.config, setting.placement.generators[0] if setting.placement.generators else "0"
+    with_reference = config.reference_on == "generator" and setting.algorithm.needs_reference
+    if config.score_on == "learner" and not with_reference:
+        return None
+    job = ScoringJob(
+        reward=setting.inputs.reward if config.score_on == "generator" else None,
+        sft=setting.inputs.sft if with_reference else None,
+        algorithm=setting.algorithm,
+        dtype=config.learner.dtype,
+        micro_batch_tokens=config.learner.micro_batch_tokens,
+        temperature=setting.generation.temperature,
+        missing_eos_score=preparation.missing_eos_score,
+    )
+    is_gpu = torch.cuda.is_available()
+    settings = ProcessSettings(
+        log_path=setting.workdir / "scoring.log",
+        cores=None if is_gpu else on,
+        env={"CUDA_VISIBLE_DEVICES": on} if is_gpu else {},
+        max_restarts=config.generator.max_restarts,
+    )
+    return lambda on_result, on_failure: ScoringProcess(job, settings, on_result, on_failure)
+
+
+def _make_loop_parts(
+    setting: _Setting, generator: Generator, inbox: Inbox, ledger: Ledger, stop: StopSignals, scratch: Path
+) -> LoopParts:
+    config, prompts = setting.config, setting.prompts
+    sampling_parts = SamplingParts(
+        generator=generator,
+        inbox=inbox,
+        stream=PromptStream(prompts.train, config.seed),
+        plan=SamplingPlan(setting.algorithm.num_samples, setting.algorithm.with_greedy),
+        ledger=ledger,
+        stop=stop,
+        stall_timeout_s=config.stall_timeout_s,
+    )
+    num_places = config.num_updates // config.epochs_per_rollout * config.prompts_per_update
+    admission = Admission(config.rule, num_places, in_order=config.weight_update == "drain")
+    probe_ids = [token for request in prompts.validation for token in request.prompt_ids]
+    return LoopParts(
+        sampling=Sampling(sampling_parts, admission),
+        publisher=WeightsPublisher(
+            scratch, probe_ids[: setting.generation.max_prompt_tokens], config.learner.dtype, config.max_logprob_gap
+        ),
+        ledger=ledger,
+        stop=stop,
+        validation_prompts=prompts.validation,
+    )
+
+
+def _resume(training: Training, parts: LoopParts) -> Progress:
+    """Bring everything to the newest checkpoint's state, or to the start where there is none."""
+    found = find_checkpoint(training.workdir)
+    if found is None:
+        parts.ledger.roll_back_to(0)
+        return Progress()
+    path, state = found
+    training.learner.load(path)
+    training.timeline.restore(state["timeline"])
+    parts.ledger.roll_back_to(state["ledger_offset"])
+    version = training.learner.updates
+    parts.ledger.add_event(Event("resumed", update=version))
+    parts.sampling.publish(parts.publisher.write(training.learner.model, version))
+    ready = [(int(number), attempt) for number, attempt in state["sampling"]["ready"].items()]
+    parts.sampling.restore(state["sampling"], read_groups(parts.ledger.path, ready), version)
+    logger.info("resumed policy_version=%d finished_groups=%d", version, len(ready))
+    return Progress.from_state(state["progress"])
+
+
+def _save(training: Training, progress: Progress, ledger: Path, save_to: PolicyOutputs) -> None:
+    copy_policy(training.best_directory(progress), save_to.best)
+    training.export(training.learner.updates, save_to.last)
+    publish_ledger(ledger, save_to.ledger)

@@ -3,9 +3,10 @@
 The reward model is all it sees: the gold scorer is kept for the held-out prompts of the final evaluation.
 """
 
+import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -33,6 +34,15 @@ class Evaluation:
     completion_tokens: float
     """Mean length."""
     finished_fraction: float
+
+    def to_json(self) -> str:
+        """As the ledger records it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Evaluation":
+        """From what `to_json` gave."""
+        return cls(**json.loads(text))
 
 
 def is_better(candidate: Evaluation, best: Evaluation | None, max_kl_nats: float) -> bool:

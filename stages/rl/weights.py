@@ -1,50 +1,68 @@
-"""From the learner to the generator: versioned model directories, complete or absent."""
+"""From the learner to the generators: the tensors that training changes, versioned, complete or absent."""
 
 import json
+import os
 import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stages.data.batches import collate
+from stages.data.text import TokenSequence
+from stages.generation.protocol import Probe, WeightsUpdate
+from stages.learner.engine import compute_type
+from stages.learner.logprobs import compute_logprobs
+from stages.models.load import select_device
+
+SHARED_MEMORY = Path("/dev/shm")
+PROBE_TOKENS = 64
+_PREFIX = "slipstream-"
+
 
 class WeightsPublisher:
-    """Writes each version beside the last one; the generator reads it, then the older one goes.
+    """Writes what a version changed against the SFT model, in bf16, the type generators compute in.
 
     Args:
-        template: model directory with config and tokenizer.
-        directory: where versions are written, on a fast disk or in shared memory.
+        directory: shared memory, or a directory that all servers see.
+        probe_ids: a text whose log-probabilities tell versions apart; see stages/generation/probe.py.
+        dtype: compute type of the learner.
+        max_gap: largest mean difference of the probe's log-probabilities, in nats a token.
     """
 
-    def __init__(self, template: Path, directory: Path) -> None:
-        self._template = template
+    def __init__(self, directory: Path, probe_ids: Sequence[int], dtype: str, max_gap: float) -> None:
         self._directory = directory
-        self.current = template
-        """Directory of the newest version."""
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
+        self._probe_ids = tuple(probe_ids[:PROBE_TOKENS])
+        self._dtype = dtype
+        self._max_gap = max_gap
+        self.num_bytes = 0
+        """Size of the newest version."""
+        directory.mkdir(parents=True, exist_ok=True)
 
-    def write(self, model: PreTrainedModel, policy_version: int) -> Path:
-        """Write the model's weights in bf16, the type generators compute in.
+    def write(self, model: PreTrainedModel, policy_version: int) -> WeightsUpdate:
+        """Write the trained tensors of this version."""
+        target = self._directory / f"v{policy_version}.safetensors"
+        staged = target.with_suffix(".part")
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        weights = {name: tensor for name, tensor in collect_weights(model).items() if name in trained}
+        save_file(weights, staged, metadata={"policy_version": str(policy_version)})
+        staged.replace(target)
+        self.num_bytes = target.stat().st_size
+        return WeightsUpdate(policy_version, target, self._make_probe(model), is_temporary=True)
 
-        Returns:
-            The directory of this version.
-        """
-        staged = self._directory / f".{policy_version}"
-        shutil.rmtree(staged, ignore_errors=True)
-        target = self._directory / f"v{policy_version}"
-        shutil.copytree(self._template, staged, ignore=shutil.ignore_patterns("*.safetensors*"))
-        save_file(collect_weights(model), staged / "model.safetensors", metadata={"format": "pt"})
-        (staged / "version.json").write_text(json.dumps({"policy_version": policy_version}))
-        shutil.rmtree(target, ignore_errors=True)
-        staged.rename(target)
-        self.current = target
-        for older in self._directory.glob("v*"):
-            if older != target:
-                shutil.rmtree(older)
-        return target
+    @torch.no_grad()
+    def _make_probe(self, model: PreTrainedModel) -> Probe:
+        first, rest = self._probe_ids[:1], self._probe_ids[1:]
+        batch = collate([TokenSequence(first, rest)], select_device())
+        with compute_type(self._dtype, batch.input_ids.device.type):
+            logprobs = compute_logprobs(model, batch, temperature=1.0)
+        return Probe(self._probe_ids, tuple(logprobs[0].tolist()), self._max_gap)
 
 
 def collect_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -58,6 +76,55 @@ def collect_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def export_policy(version: Path, target: Path) -> None:
-    """Copy a published version, its `version.json` with it."""
-    shutil.copytree(version, target, dirs_exist_ok=True)
+def export_policy(model: PreTrainedModel, template: Path, policy_version: int, target: Path) -> None:
+    """Write a complete model directory with a `version.json`, beside `target` first.
+
+    Args:
+        model: the learner's.
+        template: model directory with config and tokenizer.
+        policy_version: updates applied to the model.
+        target: is replaced; an empty directory that is there is filled.
+    """
+    staged = target.with_name(f".{target.name}.part")
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(template, staged, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(collect_weights(model), staged / "model.safetensors", metadata={"format": "pt"})
+    (staged / "version.json").write_text(json.dumps({"policy_version": policy_version}))
+    shutil.rmtree(target, ignore_errors=True)
+    staged.rename(target)
+
+
+def copy_policy(source: Path, target: Path) -> None:
+    """Copy a model directory, its `version.json` with it."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+@contextmanager
+def open_scratch(weights_dir: str | None, fallback: Path) -> Iterator[Path]:
+    """A directory for published weights: as set, in shared memory, or on disk; removed afterwards.
+
+    What a killed run left in shared memory is removed by the guards of its servers, and here if they were killed too.
+
+    Args:
+        weights_dir: `rl.generator.weights_dir`.
+        fallback: used where there is no shared memory.
+    """
+    if weights_dir is not None:
+        parent = Path(weights_dir)
+    else:
+        parent = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else fallback
+    parent.mkdir(parents=True, exist_ok=True)
+    if parent == SHARED_MEMORY:  # elsewhere, the processes of other machines cannot be seen
+        _remove_orphans(parent)
+    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_orphans(parent: Path) -> None:
+    for directory in parent.glob(f"{_PREFIX}*-*"):
+        pid = directory.name.removeprefix(_PREFIX).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(directory, ignore_errors=True)

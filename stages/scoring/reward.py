@@ -1,16 +1,32 @@
 """The learned reward model as a scorer. It reads token ids, never text."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from stages.common.errors import InputError
 from stages.data.batches import collate, split_by_tokens
 from stages.data.records import Completion
 from stages.data.text import TokenSequence
-from stages.models.load import freeze, move, select_device
+from stages.models.load import freeze, move, require_model_directory, select_device
 from stages.models.reward_model import RANGE, compute_scores, load_reward_model
+
+
+def read_sft_range(path: Path) -> tuple[float, float]:
+    """Lowest and highest score the reward model gave to SFT samples.
+
+    Raises:
+        InputError: the directory holds no reward model of this project.
+    """
+    require_model_directory(path)
+    found = json.loads((path / "config.json").read_text(encoding="utf-8")).get(RANGE)
+    if found is None:
+        raise InputError(f"{path}: config.json has no {RANGE!r}, so it was not written by train_reward")
+    low, high = found
+    return float(low), float(high)
 
 
 class RewardScorer:
@@ -32,12 +48,6 @@ class RewardScorer:
         self._model = move(load_reward_model(path, weights), select_device())
         freeze(self._model)
         self._micro_batch_tokens = micro_batch_tokens
-
-    @property
-    def sft_range(self) -> tuple[float, float]:
-        """Lowest and highest score seen on SFT samples."""
-        low, high = getattr(self._model.config, RANGE)
-        return float(low), float(high)
 
     @torch.no_grad()
     def score(self, completions: Sequence[Completion]) -> list[float]:

@@ -2,14 +2,17 @@
 
 import ast
 import re
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from stages.judge.evaluate import evaluate_comparison, select_numbers
-from stages.rl.loop import Progress
+from stages.rl.progress import Progress
 from stages.rl.report import summarise
+from stages.rl.timeline import Timeline
+from stages.rl.train import Result
 from stages.rl.validation import Evaluation
 from tests.unit.judge.comparisons import small_comparison
 
@@ -86,16 +89,17 @@ def test_every_row_has_a_known_component_and_appears_once() -> None:
     assert [row for row in rows if not NAME.fullmatch(row) and not row.startswith("metrics/")] == []
 
 
-def test_every_number_of_the_judge_and_of_the_policy_has_a_row() -> None:
+def test_every_number_of_the_judge_and_of_the_policy_has_a_row(tmp_path: Path) -> None:
     evaluation = Evaluation(policy_version=0, score=0.5, kl_nats=0.0, completion_tokens=3.0, finished_fraction=1.0)
-    progress = Progress(first=evaluation, best=evaluation, last=evaluation)
+    progress = Progress(first=evaluation, best=evaluation, last=evaluation, staleness=Counter([0]))
+    result = Result(progress, Timeline(tmp_path / "timeline.jsonl"), dropped={}, publish_bytes=0)
     judged = {f"judge/{name}" for name in select_numbers(evaluate_comparison(small_comparison(), seed=0))}
     evaluated = {f"eval/{name}" for name in asdict(evaluation)} - {"eval/policy_version"}
 
     rows = read_rows()
 
     assert sorted(judged) == sorted(row for row in rows if row.startswith("judge/"))
-    assert sorted((evaluated | {f"policy/{name}" for name in summarise(progress, 1)}) - set(rows)) == []
+    assert sorted((evaluated | {f"policy/{name}" for name in summarise(result, 1)}) - set(rows)) == []
 
 
 @pytest.mark.parametrize("row", [row for row in read_rows() if row.startswith("metrics/")])

@@ -34,6 +34,7 @@ class OnlineDpo:
     loss: Literal["sigmoid", "ipo"]
     with_greedy: bool = False
     needs_reference: bool = True
+    needs_proximal: bool = False
     needs_value_model: bool = False
 
     @property

@@ -24,6 +24,10 @@ class Algorithm(Protocol):
         """True if its loss reads the reference's log-probabilities."""
 
     @property
+    def needs_proximal(self) -> bool:
+        """True if its loss reads what the learner's log-probabilities were before it trained on the mini-batch."""
+
+    @property
     def needs_value_model(self) -> bool:
         """True if it needs a value model."""
 

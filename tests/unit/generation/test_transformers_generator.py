@@ -1,69 +1,142 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from stages.common.errors import GeneratorError
+from stages.common.errors import GeneratorError, SettingError
 from stages.data.batches import collate
 from stages.data.text import TokenSequence
 from stages.generation.config import GenerationConfig
-from stages.generation.protocol import Request, SamplingPlan, require_complete
-from stages.generation.transformers_generator import TransformersGenerator
+from stages.generation.protocol import (
+    Event,
+    Finished,
+    Generator,
+    Group,
+    Published,
+    Request,
+    SamplingPlan,
+    Ticket,
+    WeightsUpdate,
+    generate,
+)
+from stages.generation.start import GeneratorSettings, start_generator
 from stages.learner.logprobs import compute_logprobs
-from stages.models.load import load_policy, load_tokenizer
-from tests.fakes import make_completion
+from stages.models.load import load_policy
 from tests.tiny import save_tiny_model
 
 CONFIG = GenerationConfig(engine="transformers", temperature=0.7, max_new_tokens=6, max_prompt_tokens=20, dtype="fp32")
 REQUESTS = [Request("a", (5, 6), seed=1), Request("b", (7, 8, 9), seed=2)]
+GREEDY = SamplingPlan(num_samples=0, with_greedy=True)
+Span = tuple[str, str, float, float, int]
 
 
-def start(path: Path, seed: int = 0) -> TransformersGenerator:
-    model = save_tiny_model(path / str(seed), seed)
-    return TransformersGenerator(model, CONFIG, tokenizer=load_tokenizer(model), policy_version=0)
+@contextmanager
+def start(path: Path, spans: list[Span] | None = None) -> Iterator[Generator]:
+    model = save_tiny_model(path / "first", seed=0)
+
+    def record(*span: str | float | int) -> None:
+        if spans is not None:
+            spans.append(span)  # type: ignore[arg-type]
+
+    with start_generator(model, CONFIG, log_dir=path, record=record) as generator:
+        yield generator
+
+
+def texts(groups: list[Group]) -> list[tuple[int, ...]]:
+    return [completion.token_ids for group in groups for completion in group]
+
+
+def wait_for(generator: Generator, number: int) -> list[Event]:
+    events: list[Event] = []
+    while len(events) < number:
+        events += generator.wait(timeout_s=30)
+    return events
 
 
 def test_sampling_logprobs_are_the_learners_at_the_same_version(tmp_path: Path) -> None:
-    generator = start(tmp_path)
-
-    groups = generator.generate(REQUESTS, SamplingPlan(num_samples=3))
+    with start(tmp_path) as generator:
+        groups = generate(generator, REQUESTS, SamplingPlan(num_samples=3))
 
     completions = [item for group in groups for item in group]
     batch = collate([TokenSequence(item.prompt_ids, item.token_ids) for item in completions])
-    logprobs = compute_logprobs(load_policy(tmp_path / "0", torch.float32), batch, temperature=0.7)
+    logprobs = compute_logprobs(load_policy(tmp_path / "first", torch.float32), batch, temperature=0.7)
     for item, row, mask in zip(completions, logprobs, batch.completion_mask, strict=True):
         torch.testing.assert_close(row[mask], torch.tensor(item.sampling_logprobs), atol=1e-4, rtol=1e-4)
 
 
 def test_a_prompts_samples_depend_on_neither_its_neighbours_nor_global_state(tmp_path: Path) -> None:
-    generator, plan = start(tmp_path), SamplingPlan(num_samples=2, with_greedy=True)
-    together = generator.generate(REQUESTS, plan)
-    torch.manual_seed(123)
+    plan = SamplingPlan(num_samples=2, with_greedy=True)
+    with start(tmp_path) as generator:
+        together = generate(generator, REQUESTS, plan)
+        torch.manual_seed(123)
 
-    assert generator.generate(REQUESTS[1:], plan) == together[1:]
-
-
-def test_published_weights_are_the_ones_that_sample(tmp_path: Path) -> None:
-    generator, plan = start(tmp_path), SamplingPlan(num_samples=0, with_greedy=True)
-    before = generator.generate(REQUESTS, plan)
-
-    generator.publish(save_tiny_model(tmp_path / "new", seed=4), policy_version=3)
-    after = generator.generate(REQUESTS, plan)
-
-    assert [group[0].token_ids for group in before] != [group[0].token_ids for group in after]
-    assert {group[0].last_policy_version for group in after} == {3}
+        assert generate(generator, REQUESTS[1:], plan) == together[1:]
 
 
-def test_unusable_answers_are_refused() -> None:
-    request, plan = REQUESTS[0], SamplingPlan(num_samples=1)
-    good = make_completion("x")
+def test_what_is_submitted_before_a_publication_is_sampled_by_the_older_weights(tmp_path: Path) -> None:
+    new = save_tiny_model(tmp_path / "new", seed=4)
+    spans: list[Span] = []
+    with start(tmp_path, spans) as generator:
+        generator.submit(Ticket(0, REQUESTS[0], GREEDY))
+        generator.publish(WeightsUpdate(3, new))
+        generator.submit(Ticket(1, REQUESTS[0], GREEDY, attempt=1))
+        before, published, after = wait_for(generator, 3)
 
-    assert require_complete((good,), request, plan, 6) == (good,)
-    with pytest.raises(GeneratorError, match="2 completions instead of 1"):
-        require_complete((good, good), request, plan, 6)
-    with pytest.raises(GeneratorError, match="2 tokens and 2 logprobs; expected 1…1"):
-        require_complete((good,), request, plan, 1)
-    for bad in (float("nan"), float("-inf"), 0.5):
-        broken = type(good)(**{**good.__dict__, "sampling_logprobs": (-1.0, bad)})
-        with pytest.raises(GeneratorError, match="not a finite number"):
-            require_complete((broken,), request, plan, 6)
+    assert isinstance(before, Finished)
+    assert isinstance(published, Published)
+    assert isinstance(after, Finished)
+    assert (before.ticket.number, before.group[0].first_policy_version) == (0, 0)
+    assert (published.policy_version, published.replica) == (3, "generator-0")
+    assert (after.ticket.number, after.ticket.attempt, after.group[0].last_policy_version) == (1, 1, 3)
+    assert before.group[0].token_ids != after.group[0].token_ids
+    assert [(kind, version) for _, kind, _, _, version in spans] == [("generate", 0), ("swap", 3), ("generate", 3)]
+
+
+def test_a_file_with_a_part_of_the_tensors_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    new = save_tiny_model(tmp_path / "new", seed=4)
+    tensors = load_file(new / "model.safetensors")
+    part = {name: tensor for name, tensor in tensors.items() if "layers.1." in name}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in part}
+    save_file(part, tmp_path / "part.safetensors")
+    save_file(rest, tmp_path / "rest.safetensors")
+    with start(tmp_path) as generator:
+        groups = []
+        for version, name in enumerate(["new", "first", "part.safetensors", "rest.safetensors"], start=1):
+            generator.publish(WeightsUpdate(version, tmp_path / name))
+            groups.append(texts(generate(generator, REQUESTS, GREEDY)))
+
+    whole, old, mixed, completed = groups
+    assert mixed not in (whole, old)
+    assert completed == whole
+    assert (tmp_path / "part.safetensors").exists()
+
+
+def test_a_temporary_file_is_deleted_once_it_is_loaded(tmp_path: Path) -> None:
+    new = save_tiny_model(tmp_path / "new", seed=4)
+    with start(tmp_path) as generator:
+        generator.publish(WeightsUpdate(1, new / "model.safetensors", is_temporary=True))
+        wait_for(generator, 1)
+
+    assert not (new / "model.safetensors").exists()
+
+
+def test_what_goes_wrong_in_the_background_is_raised_where_it_is_waited_for(tmp_path: Path) -> None:
+    save_file({"model.layers.9.weight": torch.ones(1)}, tmp_path / "other.safetensors")
+    with start(tmp_path) as generator:
+        generator.publish(WeightsUpdate(1, tmp_path / "other.safetensors"))
+
+        with pytest.raises(GeneratorError, match=r"other.safetensors: the model has no tensor 'model.layers.9.weight'"):
+            generate(generator, REQUESTS, GREEDY)
+
+
+def test_weights_cannot_be_swapped_in_flight_here(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "first")
+
+    with (
+        pytest.raises(SettingError, match=r"rl.weight_update='in_flight' needs generation.engine='vllm'"),
+        start_generator(model, CONFIG, log_dir=tmp_path, settings=GeneratorSettings(weight_update="in_flight")),
+    ):
+        pass

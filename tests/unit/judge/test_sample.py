@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def samples(models: Models) -> Samples:
-    return sample_both(PROMPTS, models, CONFIG, GENERATION, Path("unused.log"))
+    return sample_both(PROMPTS, models, CONFIG, GENERATION, Path("unused"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_both_models_answer_the_same_prompts_and_long_ones_are_counted(samples: 
 def test_seeds_are_shared_so_equal_models_give_equal_completions_and_no_kl(models: Models, samples: Samples) -> None:
     twins = Models(models.sft, models.sft, policy_version=1)
 
-    same = sample_both(PROMPTS, twins, CONFIG, GENERATION, Path("unused.log"))
+    same = sample_both(PROMPTS, twins, CONFIG, GENERATION, Path("unused"))
     _, on_policy = measure_samples(same, twins, CONFIG, TEMPERATURE)
 
     assert [item.token_ids for item in same.sft] == [item.token_ids for item in same.policy]
@@ -131,12 +131,12 @@ def test_a_missing_policy_is_named_before_anything_starts(models: Models, tmp_pa
     missing = Models(models.sft, tmp_path / "nowhere", policy_version=1)
 
     with pytest.raises(InputError, match=r"nowhere: no such model directory"):
-        sample_both(PROMPTS, missing, CONFIG, GENERATION, tmp_path / "generator.log")
+        sample_both(PROMPTS, missing, CONFIG, GENERATION, tmp_path)
 
 
 def test_prompts_that_are_all_too_long_are_an_error(models: Models, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no held-out prompt fits into generation.max_prompt_tokens=60"):
-        sample_both(PROMPTS[2:], models, CONFIG, GENERATION, tmp_path / "generator.log")
+        sample_both(PROMPTS[2:], models, CONFIG, GENERATION, tmp_path)
 
 
 def test_policy_version_is_the_one_the_policy_was_published_with(tmp_path: Path) -> None:

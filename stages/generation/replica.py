@@ -1,0 +1,202 @@
+"""One vLLM server of a fleet: how it is started, joined, watched, swapped and given up."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from stages.common.errors import GeneratorError
+from stages.common.process import GuardedProcess
+from stages.generation.config import FleetConfig
+from stages.generation.probe import ProbeCheck
+from stages.generation.protocol import Group, WeightsUpdate
+from stages.generation.vllm_client import VllmClient
+
+HEALTH_POLL_S = 0.25
+STOP_S = 5.0
+"""Seconds a server gets to end by itself."""
+
+
+@dataclass
+class Replica:
+    """A server and what this process knows of it. Everything happens on the fleet's event loop."""
+
+    name: str
+    launch: Callable[[], tuple[GuardedProcess, str]] | None
+    """Starts a local server; None for one that is started elsewhere."""
+    connect: Callable[[str], VllmClient]
+    config: FleetConfig
+    start_timeout_s: float
+    swap_timeout_s: float
+    url: str = ""
+    process: GuardedProcess | None = None
+    version: int = -1
+    """Weights it serves; −1 while it may not be used."""
+    is_swapping: bool = False
+    loading: WeightsUpdate | None = None
+    has_worked: bool = False
+    """Whether it has ever been ready."""
+    running: dict["asyncio.Task[Group]", int] = field(default_factory=dict)
+    """Requests in flight and how many sequences each is."""
+    swap: "asyncio.Task[None] | None" = None
+    """The swap that is under way, or the last one."""
+    num_losses: int = 0
+    """Times in a row it was lost without having sampled anything."""
+    num_unusable: int = 0
+    """Unusable answers in a row."""
+    is_idle: asyncio.Event = field(default_factory=asyncio.Event)
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    loss: str = ""
+    busy_since: float = 0.0
+    probe: ProbeCheck = field(default_factory=ProbeCheck)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in flight."""
+        return sum(self.running.values())
+
+    @property
+    def client(self) -> VllmClient:
+        """What talks to it."""
+        return self.connect(self.url)
+
+    async def start(self) -> None:
+        """Start it, or wait for it, until it is healthy.
+
+        Raises:
+            GeneratorError: a local server ended or was not healthy in time; the message holds its last log lines.
+        """
+        self.lost.clear()
+        self.is_idle.set()
+        self.probe = ProbeCheck()
+        self.num_unusable = 0
+        if self.launch is not None:
+            self.process, self.url = self.launch()
+        deadline = time.monotonic() + self.start_timeout_s
+        while not await self._is_healthy():
+            if self.process is not None and self.process.poll() is not None:
+                raise GeneratorError(f"{self.name}: vLLM ended while starting; {self.describe_log()}")
+            if self.process is not None and time.monotonic() > deadline:
+                raise GeneratorError(
+                    f"{self.name}: vLLM not healthy after generation.start_timeout_s={self.start_timeout_s:.0f}; "
+                    f"{self.describe_log()}"
+                )
+            await asyncio.sleep(HEALTH_POLL_S)
+
+    async def load(self, update: WeightsUpdate, *, pause: bool) -> None:
+        """Swap weights and make sure that they are the ones being served.
+
+        Args:
+            update: what to load.
+            pause: freeze what runs, instead of relying on nothing running.
+
+        Raises:
+            ProbeError: the server answers, and does not serve these weights.
+            GeneratorError, TimeoutError, httpx.HTTPError: the server failed.
+        """
+        self.loading = update
+        try:
+            async with asyncio.timeout(self.swap_timeout_s):
+                await self._load(update, pause=pause)
+        finally:
+            self.loading = None
+
+    async def watch(self) -> None:
+        """Return once it is lost: ended, hung, or given up by `give_up`."""
+        while not self.lost.is_set():
+            if self.process is not None and self.process.poll() is not None:
+                self.give_up(f"ended with code {self.process.poll()}")
+                return
+            await self._beat()
+            # wait_for would swallow a cancellation that comes together with the loss.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.config.heartbeat_s):
+                    await self.lost.wait()
+
+    def give_up(self, reason: str) -> None:
+        """Stop using it; its requests and its swap end as cancelled."""
+        if self.lost.is_set():
+            return
+        self.loss = reason
+        self.version = -1
+        self.lost.set()
+        for task in self._tasks():
+            task.cancel()
+
+    async def stop(self) -> None:
+        """Wait for what `give_up` cancelled, and end a local server and everything it started."""
+        # A server started elsewhere can be back at once: nothing of its earlier life may reach into the next.
+        await asyncio.gather(*self._tasks(), return_exceptions=True)
+        process, self.process = self.process, None
+        if process is not None:
+            await asyncio.to_thread(process.stop, STOP_S)
+
+    async def take_over(self, first: WeightsUpdate) -> None:
+        """Load our first weights into a server that others may have used.
+
+        They may have left it paused, and with keys and values of their weights under our salts.
+
+        Raises:
+            GeneratorError, TimeoutError, httpx.HTTPError: the server failed.
+        """
+        await self.load(first, pause=True)
+        async with asyncio.timeout(self.swap_timeout_s):
+            await self.client.forget_kv_cache()
+        self.version = first.policy_version
+
+    async def relabel(self, policy_version: int) -> None:
+        """Say which version the weights are that it was started with.
+
+        Raises:
+            GeneratorError, TimeoutError, httpx.HTTPError: the server failed.
+        """
+        async with asyncio.timeout(self.swap_timeout_s):
+            await self.client.label(policy_version)
+
+    def describe_log(self) -> str:
+        """The last lines a local server wrote."""
+        if self.process is None:
+            return f"see the server's own log at {self.url}"
+        return f"{self.process.log_path} ends with:\n{self.process.tail(12)}"
+
+    async def _load(self, update: WeightsUpdate, *, pause: bool) -> None:
+        if pause:
+            await self.client.pause()
+        await self.client.load(update.path)
+        await self.client.label(update.policy_version)
+        if pause:
+            if self.config.kv_cache == "recompute":
+                await self.client.forget_kv_cache()
+            await self.client.resume()
+        served = await self.client.read_version()
+        if served != str(update.policy_version):
+            raise GeneratorError(f"{self.name} serves version {served} after version {update.policy_version} was sent")
+        if update.probe is not None:
+            self.probe.check(self.name, update, await self.client.probe(update.probe.token_ids))
+
+    def _tasks(self) -> list["asyncio.Task[Any]"]:
+        return [*self.running, *([self.swap] if self.swap is not None else [])]
+
+    async def _beat(self) -> None:
+        limit, before = self.config.heartbeat_timeout_s, (self.version, False)
+        try:
+            async with asyncio.timeout(limit):
+                served = await self.client.read_version()
+            if (self.version, self.is_swapping) == before and served != str(self.version):
+                self.give_up(f"serves version {served} instead of {self.version}: somebody else swapped its weights")
+        except TimeoutError:
+            self.give_up(f"did not answer within rl.generator.heartbeat_timeout_s={limit:g}")
+        except (httpx.HTTPError, GeneratorError) as error:
+            self.give_up(f"{type(error).__name__}: {error}"[:300])
+
+    async def _is_healthy(self) -> bool:
+        try:
+            async with asyncio.timeout(5):
+                await self.client.read_version()
+        except (TimeoutError, httpx.HTTPError, GeneratorError):
+            return False
+        return True

@@ -1,0 +1,198 @@
+"""One mini-batch: scored groups in, micro-batches and ledger rows out; and back again from the ledger."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from torch import Tensor
+
+from stages.common.metrics import Mean
+from stages.data.records import Completion
+from stages.generation.protocol import Group, Ticket
+from stages.rl.algorithms.protocol import Algorithm
+from stages.rl.ledger.reader import LedgerReader, RecordedUpdate
+from stages.rl.ledger.schema import TrainedRow
+from stages.rl.rollouts import (
+    Member,
+    MicroBatch,
+    Reference,
+    build_micro_batch,
+    build_rollout,
+    describe_rollout,
+    split_units,
+)
+from stages.rl.scorer import score_completions
+from stages.rl.scoring import ScoredGroup
+from stages.scoring.protocol import Scorer
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A ticket's completions, with what was computed for them where they were sampled."""
+
+    ticket: Ticket
+    group: Group
+    scored: ScoredGroup | None = None
+
+    @property
+    def policy_version(self) -> int:
+        """Of the oldest first token in the group."""
+        return min(completion.first_policy_version for completion in self.group)
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """What one update trains on, in every epoch of its rollout."""
+
+    micro_batches: list[MicroBatch]
+    num_units: int
+    rows: list[TrainedRow]
+    """Of its first update."""
+    metrics: dict[str, Mean]
+
+    def rows_of(self, update: int, epoch: int) -> list[TrainedRow]:
+        """Ledger rows of one of its updates."""
+        return [
+            replace(row, update=update, epoch=epoch, staleness=row.staleness + update - row.update) for row in self.rows
+        ]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How groups become mini-batches."""
+
+    algorithm: Algorithm
+    scorer: Scorer | None
+    """None: groups come with their scores."""
+    missing_eos_score: float
+    reference: Reference
+    learner: Reference
+    """The learner as it is, for proximal log-probabilities."""
+    max_tokens: int
+    """Padded tokens of a micro-batch."""
+
+    def score(self, sampled: Sequence[Sampled]) -> list[float]:
+        """One score per completion, group after group."""
+        if self.scorer is None:
+            return [score for item in sampled for score in _scored(item).scores]
+        completions = [completion for item in sampled for completion in item.group]
+        return score_completions(self.scorer, completions, self.missing_eos_score)
+
+    def prepare(
+        self, sampled: Sequence[Sampled], scores: Sequence[float], place: tuple[int, int, int]
+    ) -> MiniBatch | None:
+        """Lay the groups of one update out, or None where they hold nothing to learn from.
+
+        Args:
+            sampled: in the order of tickets.
+            scores: one per completion, group after group.
+            place: the update, its rollout, and the mini-batch's number in it.
+        """
+        groups = [item.group for item in sampled]
+        units, metrics = self.algorithm.select(build_rollout(groups, scores))
+        if not units:
+            return None
+        completions = [completion for group in groups for completion in group]
+        split = split_units(completions, units, _reference_logprobs(sampled), self.max_tokens)
+        micro_batches = self.build(split)
+        layout = list(zip(split, micro_batches, strict=True))
+        rows = [_describe(item, completion, place) for item in sampled for completion in item.group]
+        rows = [replace(row, score=score) for row, score in zip(rows, scores, strict=True)]
+        return MiniBatch(
+            micro_batches,
+            len(units),
+            self._add_units(rows, layout),
+            metrics | describe_rollout(groups, scores),
+        )
+
+    def build(self, split: Sequence[Sequence[Member]]) -> list[MicroBatch]:
+        """Tensors of every micro-batch."""
+        reference = self.reference if self.algorithm.needs_reference else None
+        proximal = self.learner if self.algorithm.needs_proximal else None
+        return [build_micro_batch(members, reference, proximal) for members in split]
+
+    def _add_units(
+        self, rows: Sequence[TrainedRow], layout: Sequence[tuple[Sequence[Member], MicroBatch]]
+    ) -> list[TrainedRow]:
+        """Say which rows were chosen, and where they stand."""
+        chosen: dict[int, list[TrainedRow]] = {}
+        for number, (members, micro_batch) in enumerate(layout):
+            inputs, masks = micro_batch.inputs, micro_batch.inputs.completion_mask
+            for place, member in enumerate(members):
+                row = replace(
+                    rows[member.row],
+                    unit=member.unit,
+                    micro_batch=number,
+                    place=place,
+                    advantage=member.advantage,
+                    reference_logprobs=_values(inputs.reference_logprobs[place], masks[place])
+                    if self.algorithm.needs_reference
+                    else None,
+                    proximal_logprobs=None
+                    if inputs.proximal_logprobs is None
+                    else _values(inputs.proximal_logprobs[place], masks[place]),
+                )
+                chosen.setdefault(member.row, []).append(row)
+        return [row for number, plain in enumerate(rows) for row in chosen.get(number, [plain])]
+
+
+def describe_staleness(values: Sequence[int]) -> dict[str, Mean]:
+    """Metrics of how stale the samples of an update are, those not chosen included."""
+    return {"rollout/staleness": Mean(sum(values), len(values)), "rollout/staleness/max": Mean(max(values), 1)}
+
+
+def rebuild_mini_batch(recorded: RecordedUpdate, ledger: LedgerReader, preparation: Preparation) -> MiniBatch:
+    """The mini-batch of a recorded update, bit for bit."""
+    groups = ledger.groups(recorded.keys)
+    completions = {(key, item.sample_index, item.is_greedy): item for key, group in groups.items() for item in group}
+    chosen = sorted(
+        (row for row in recorded.rows if row.micro_batch is not None), key=lambda row: (row.micro_batch, row.place)
+    )
+    split = [
+        [_recorded_member(row, completions[row.key, row.sample_index, row.is_greedy]) for row in rows]
+        for _, rows in groupby(chosen, key=lambda row: row.micro_batch)
+    ]
+    # Scores of each group in the order of its completions; a sample in two units has two rows.
+    unique = {(row.key, row.sample_index, row.is_greedy): row for row in recorded.rows}
+    scores = [unique[key].score for key in completions]
+    rollout = build_rollout(list(groups.values()), scores)
+    metrics = preparation.algorithm.select(rollout)[1] | describe_rollout(list(groups.values()), scores)
+    return MiniBatch(preparation.build(split), recorded.num_units, list(recorded.rows), metrics)
+
+
+def _recorded_member(row: TrainedRow, completion: Completion) -> Member:
+    assert row.unit is not None
+    return Member(-1, row.unit, completion, row.advantage, row.reference_logprobs, row.proximal_logprobs)
+
+
+def _describe(item: Sampled, completion: Completion, place: tuple[int, int, int]) -> TrainedRow:
+    update, rollout, mini_batch = place
+    return TrainedRow(
+        update=update,
+        rollout=rollout,
+        mini_batch=mini_batch,
+        epoch=0,
+        ticket=item.ticket.number,
+        attempt=item.ticket.attempt,
+        sample_index=completion.sample_index,
+        is_greedy=completion.is_greedy,
+        score=0.0,
+        staleness=update - completion.first_policy_version,
+    )
+
+
+def _reference_logprobs(sampled: Sequence[Sampled]) -> list[tuple[float, ...] | None]:
+    return [
+        logprobs
+        for item in sampled
+        for logprobs in (item.scored and item.scored.reference_logprobs) or (None,) * len(item.group)
+    ]
+
+
+def _scored(item: Sampled) -> ScoredGroup:
+    assert item.scored is not None
+    return item.scored
+
+
+def _values(row: Tensor, mask: Tensor) -> tuple[float, ...]:
+    return tuple(row[mask].tolist())

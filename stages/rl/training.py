@@ -1,0 +1,82 @@
+"""What a live run and a replayed one do alike: train on a mini-batch, keep the best weights, report."""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stages.common.metrics import Mean
+from stages.learner.engine import Learner
+from stages.rl.mini_batch import MiniBatch, Preparation, describe_staleness
+from stages.rl.progress import Progress
+from stages.rl.rollouts import compute_loss
+from stages.rl.timeline import LEARNER, Timeline
+from stages.rl.validation import Evaluation, is_better
+from stages.rl.weights import export_policy
+
+logger = logging.getLogger(__name__)
+
+LogMetrics = Callable[[dict[str, float], int], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The learner and what surrounds it."""
+
+    learner: Learner
+    preparation: Preparation
+    timeline: Timeline
+    template: Path
+    """Model directory whose config and tokenizer exported policies get."""
+    workdir: Path
+    max_kl_nats: float
+    """Evaluations with a larger KL are not the best."""
+    log_metrics: LogMetrics
+
+    def train(self, mini_batch: MiniBatch, staleness: list[int]) -> dict[str, Mean]:
+        """One optimizer update; its metrics with those of the mini-batch."""
+        loss = functools.partial(
+            compute_loss,
+            algorithm=self.preparation.algorithm,
+            num_units=mini_batch.num_units,
+            temperature=self.preparation.reference.temperature,
+        )
+        with self.timeline.span(LEARNER, "learn", self.learner.updates):
+            metrics = self.learner.update(mini_batch.micro_batches, loss)
+        return mini_batch.metrics | metrics | describe_staleness(staleness)
+
+    def note_evaluation(self, evaluation: Evaluation, progress: Progress) -> dict[str, Mean]:
+        """Keep the learner's weights if this evaluation of them is the best so far."""
+        progress.first = progress.first or evaluation
+        progress.last = evaluation
+        if is_better(evaluation, progress.best, self.max_kl_nats):
+            progress.best = evaluation
+            self.export(evaluation.policy_version, self.best_directory(progress))
+        logger.info(
+            "evaluation policy_version=%d score=%.3f kl_nats=%.2f completion_tokens=%.1f",
+            *(evaluation.policy_version, evaluation.score, evaluation.kl_nats, evaluation.completion_tokens),
+        )
+        values = asdict(evaluation)
+        names = ("score", "kl_nats", "completion_tokens", "finished_fraction")
+        return {f"eval/{name}": Mean(values[name], 1) for name in names}
+
+    def export(self, policy_version: int, target: Path) -> None:
+        """Write the learner's weights as a model directory."""
+        export_policy(self.learner.model, self.template, policy_version, target)
+
+    def best_directory(self, progress: Progress) -> Path:
+        """Model directory of the best version so far."""
+        return self.workdir / f"best-v{progress.best_version}"
+
+    def log(self, metrics: dict[str, Mean], counts: dict[str, float], num_updates: int) -> None:
+        """Report one update."""
+        version = self.learner.updates
+        values = {name: mean.value for name, mean in metrics.items()} | counts
+        values |= Progress.describe_time(self.timeline) | {"learner/policy_version": version}
+        self.log_metrics(values, version)
+        logger.info(
+            "update=%d/%d loss=%.4f score=%.3f staleness=%.1f wait_s=%.1f",
+            *(version, num_updates, values["learner/loss"], values["reward/score"]),
+            *(values["rollout/staleness"], values["time/wait_for_rollouts_s"]),
+        )

@@ -1,0 +1,207 @@
+"""The asynchronous RL stage on two-layer models, with the exact generator: equalities of final weights, by sha256."""
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.common.errors import InputError
+from stages.generation.protocol import SamplingPlan, WeightsUpdate, generate
+from stages.generation.requests import make_requests
+from stages.generation.start import ignore_span
+from stages.generation.transformers_generator import TransformersGenerator
+from stages.learner.engine import Learner
+from stages.models.load import load_policy, load_tokenizer
+from stages.rl.algorithms.online_dpo import OnlineDpo
+from stages.rl.config import RlConfig
+from stages.rl.ledger.checks.run import check_ledger
+from stages.rl.ledger.reader import read_ledger
+from stages.rl.prompts import PromptStream
+from stages.rl.rollouts import Reference, build_micro_batch, build_rollout, compute_loss, split_units
+from stages.rl.scorer import resolve_missing_eos_score, score_completions
+from stages.rl.weights import collect_weights
+from stages.scoring.reward import RewardScorer, read_sft_range
+from tests import tiny_rl
+
+TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    tiny_rl.make_inputs(directory)
+    return directory
+
+
+def copy_inputs(inputs: Path, target: Path) -> Path:
+    shutil.copytree(inputs, target)
+    return target
+
+
+def trained_staleness(directory: Path) -> list[list[int]]:
+    """Distinct staleness values of each update, from the published ledger."""
+    updates = read_ledger(directory / "out/ledger").updates()
+    return [sorted({row.staleness for row in update.rows}) for update in updates]
+
+
+def train_synchronously(directory: Path) -> dict[str, torch.Tensor]:
+    """The plainest loop there is: sample, score, learn, publish; no queue, no admission, no ledger."""
+    config, generation = RlConfig.model_validate(tiny_rl.SETTINGS), tiny_rl.GENERATION
+    paths = tiny_rl.make_inputs(directory)
+    tokenizer = load_tokenizer(paths.sft)
+    prompts, _ = make_requests(tiny_rl.read_prompt_list(directory), tokenizer, generation, config.seed)
+    stream = PromptStream(prompts, config.seed)
+    algorithm = OnlineDpo(samples_per_prompt=3, beta=0.1, loss="sigmoid")
+    learner = Learner(load_policy(paths.sft, torch.float32), config.learner, config.num_updates, directory)
+    reference = Reference(load_policy(paths.sft, torch.float32), "fp32", generation.temperature)
+    scorer = RewardScorer(paths.reward, "fp32", config.learner.micro_batch_tokens)
+    missing_eos = resolve_missing_eos_score("lowest", read_sft_range(paths.reward))
+    generator = TransformersGenerator(paths.sft, generation, tokenizer=tokenizer, policy_version=0, record=ignore_span)
+    for update in range(config.num_updates):
+        requests = [stream.get(number) for number in range(3 * update, 3 * update + 3)]
+        groups = generate(generator, requests, SamplingPlan(3))
+        completions = [completion for group in groups for completion in group]
+        scores = score_completions(scorer, completions, missing_eos)
+        units, _ = algorithm.select(build_rollout(groups, scores))
+        split = split_units(completions, units, [None] * len(completions), config.learner.micro_batch_tokens)
+        loss = functools.partial(
+            compute_loss, algorithm=algorithm, num_units=len(units), temperature=generation.temperature
+        )
+        learner.update([build_micro_batch(members, reference) for members in split], loss)
+        target = directory / f"sync-{update}"
+        shutil.copytree(paths.sft, target)
+        save_file(collect_weights(learner.model), target / "model.safetensors", metadata={"format": "pt"})
+        generator.publish(WeightsUpdate(update + 1, target))
+    generator.close()
+    return load_file(target / "model.safetensors")
+
+
+def test_synchronous_settings_give_the_weights_of_a_plain_synchronous_loop(inputs: Path, tmp_path: Path) -> None:
+    plain = train_synchronously(copy_inputs(inputs, tmp_path / "plain"))
+    directory = copy_inputs(inputs, tmp_path / "async")
+
+    tiny_rl.run(directory, max_staleness=0)
+
+    trained = load_file(directory / "out/policy_last/model.safetensors")
+    assert plain.keys() == trained.keys()
+    assert all(torch.equal(plain[name], trained[name]) for name in plain)
+    assert trained_staleness(directory) == [[0]] * 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "staleness"),
+    [
+        ({"max_staleness": 1}, [[0], [1], [1], [1], [1], [1]]),
+        ({"max_staleness": 3}, [[0], [1], [2], [3], [3], [3]]),
+        # U = 2: the first two rollouts come from version 0, then the j-th update trains data U + j old.
+        ({"max_staleness": 3, "updates_per_rollout": 2}, [[0], [1], [2], [3], [2], [3]]),
+        ({"max_staleness": 1, "epochs_per_rollout": 2}, [[0], [1]] * 3),
+        ({"max_staleness": 4, "updates_per_rollout": 3}, None),
+    ],
+)
+def test_a_run_keeps_its_bound_and_its_ledger_replays_to_the_same_weights(
+    inputs: Path, tmp_path: Path, settings: dict[str, Any], staleness: list[list[int]] | None
+) -> None:
+    directory = copy_inputs(inputs, tmp_path / "run")
+    tiny_rl.run(directory, **settings)
+    again = copy_inputs(inputs, tmp_path / "replay")
+
+    result = tiny_rl.run(again, **settings, replay_from=str(directory / "out/ledger"))
+
+    assert staleness is None or trained_staleness(directory) == staleness
+    assert [line for check in check_ledger(directory / "out/ledger") for line in check.violations] == []
+    for name in ("policy", "policy_last"):
+        assert tiny_rl.hash_policy(again, name) == tiny_rl.hash_policy(directory, name)
+    assert result.progress.staleness.total() == 6 * 9
+
+
+LONG = {"num_updates": 24, "checkpoint_every": 1, "eval_every": 8}
+
+
+def start(directory: Path, settings: dict[str, Any]) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tests.tiny_rl", str(directory), json.dumps(settings)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_update(process: "subprocess.Popen[str]", number: int) -> None:
+    """Return once the run says that it made this update."""
+    assert process.stderr is not None
+    deadline = time.monotonic() + TIMEOUT_S
+    for line in process.stderr:
+        assert time.monotonic() < deadline
+        if f"update={number}/" in line:
+            return
+    raise AssertionError(f"ended with {process.wait()} before update {number}")
+
+
+def finish(process: "subprocess.Popen[str]") -> int:
+    process.communicate(timeout=TIMEOUT_S)
+    return process.returncode
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_staleness": 1},
+        {"max_staleness": 3, "updates_per_rollout": 2, "score_on": "generator"},
+        {"max_staleness": 6, "updates_per_rollout": 2, "epochs_per_rollout": 2},
+    ],
+    ids=["one step off", "scored by a process of its own", "two epochs, half a rollout further ahead"],
+)
+def test_a_run_killed_at_random_instants_ends_with_the_weights_of_one_that_never_was(
+    inputs: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    whole, killed = copy_inputs(inputs, tmp_path / "whole"), copy_inputs(inputs, tmp_path / "killed")
+    tiny_rl.run(whole, **LONG, **settings)
+    draws = random.Random(5)
+
+    for update in (3, 9, 16):
+        process = start(killed, LONG | settings)
+        wait_for_update(process, update)
+        time.sleep(draws.uniform(0, 0.1))  # anywhere in the next updates
+        process.kill()
+        finish(process)
+    tiny_rl.run(killed, **LONG, **settings)
+
+    assert tiny_rl.hash_policy(killed) == tiny_rl.hash_policy(whole)
+    assert tiny_rl.hash_policy(killed, "policy") == tiny_rl.hash_policy(whole, "policy")
+    assert [line for check in check_ledger(killed / "out/ledger") for line in check.violations] == []
+    assert sum(event.kind == "resumed" for event in read_ledger(killed / "out/ledger").events) == 3
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_of_its_last_update(
+    inputs: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    settings = LONG | {"max_staleness": 1, "checkpoint_every": 1000}
+    directory = copy_inputs(inputs, tmp_path / "run")
+    process = start(directory, settings)
+    wait_for_update(process, 5)
+
+    process.send_signal(number)
+
+    assert finish(process) == code
+    state = json.loads((directory / "work/checkpoint/state.json").read_text())
+    assert state["sampling"]["num_consumed"] >= 5 * 3
+
+
+def test_a_ledger_of_other_settings_is_neither_resumed_nor_replayed(inputs: Path, tmp_path: Path) -> None:
+    directory = copy_inputs(inputs, tmp_path / "run")
+    tiny_rl.run(directory, max_staleness=1)
+
+    with pytest.raises(InputError, match="seed is 0 there and 1 here"):
+        tiny_rl.run(directory, max_staleness=1, seed=1)
+    with pytest.raises(InputError, match="max_staleness is 1 there and 2 here"):
+        tiny_rl.run(directory, max_staleness=2, replay_from=str(directory / "out/ledger"))

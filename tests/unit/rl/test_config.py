@@ -1,0 +1,66 @@
+import pytest
+from pydantic import ValidationError
+
+from stages.learner.config import LearnerConfig
+from stages.rl.config import OnlineDpoConfig, RlConfig
+from stages.rl.staleness import StalenessRule
+
+
+def make(num_updates: int, n: int, t: int, max_staleness: int) -> RlConfig:
+    return RlConfig(
+        algorithm=OnlineDpoConfig(name="online_dpo"),
+        learner=LearnerConfig(lr=1e-4),
+        num_updates=num_updates,
+        prompts_per_update=5,
+        updates_per_rollout=n,
+        epochs_per_rollout=t,
+        max_staleness=max_staleness,
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "t", "max_staleness", "message"),
+    [
+        (
+            2,
+            3,
+            4,
+            "rl.max_staleness=4 cannot be kept: rl.updates_per_rollout=2 x rl.epochs_per_rollout=3 = 6 updates a "
+            "rollout, and the last of them trains samples 5 updates old even when nothing runs ahead; allowed: "
+            "5 (synchronous), 11 (one step off) or any other number from 5 on",
+        ),
+        (
+            1,
+            2,
+            0,
+            "rl.max_staleness=0 cannot be kept: rl.updates_per_rollout=1 x rl.epochs_per_rollout=2 = 2 updates a "
+            "rollout, and the last of them trains samples 1 updates old even when nothing runs ahead; allowed: "
+            "1 (synchronous), 3 (one step off) or any other number from 1 on",
+        ),
+    ],
+)
+def test_a_bound_that_no_run_can_keep_is_refused_with_those_it_can(
+    n: int, t: int, max_staleness: int, message: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        make(12, n, t, max_staleness)
+
+    assert [str(problem["ctx"]["error"]) for problem in caught.value.errors()] == [message]
+
+
+def test_a_run_that_would_end_within_a_rollout_is_refused() -> None:
+    message = r"rl\.num_updates=10 is not a multiple of rl\.updates_per_rollout=2 x .* = 4 updates a rollout"
+    with pytest.raises(ValidationError, match=message):
+        make(10, 2, 2, 3)
+
+
+@pytest.mark.parametrize(("n", "t", "max_staleness"), [(1, 1, 0), (2, 3, 5), (2, 3, 6), (2, 3, 11), (2, 3, 100)])
+def test_every_bound_from_synchronous_on_is_allowed(n: int, t: int, max_staleness: int) -> None:
+    config = make(12, n, t, max_staleness)
+
+    assert config.rule == StalenessRule(max_staleness, n, t, prompts_per_update=5)
+
+
+def test_a_negative_bound_is_refused() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        make(12, 1, 1, -1)

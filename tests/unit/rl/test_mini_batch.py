@@ -1,0 +1,130 @@
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.data.records import Completion
+from stages.generation.protocol import Request, SamplingPlan, Ticket
+from stages.rl.algorithms.online_dpo import OnlineDpo
+from stages.rl.ledger.reader import read_ledger
+from stages.rl.ledger.schema import LedgerHeader
+from stages.rl.ledger.writer import Ledger
+from stages.rl.mini_batch import MiniBatch, Preparation, Sampled, rebuild_mini_batch
+from stages.rl.rollouts import Reference
+from stages.rl.scoring import ScoredGroup
+from tests.fakes import FakeScorer, make_completion
+from tests.tiny import tiny_llama
+
+SCORES = [0.0, 3.0, 1.0, 5.0, 5.0, 5.0]
+"""Of two prompts with three samples each; the second has nothing to learn from."""
+
+
+@dataclass(frozen=True)
+class WithProximal(OnlineDpo):
+    """An algorithm that asks for proximal log-probabilities."""
+
+    needs_proximal: bool = True
+
+
+def make_sampled(number: int) -> Sampled:
+    lengths = (1, 3, 2)
+    group: tuple[Completion, ...] = tuple(
+        replace(
+            make_completion("x", prompt_id=f"p{number}", sample_index=index, token_ids=tuple(range(9, 9 + length))),
+            first_policy_version=2,
+            last_policy_version=2,
+        )
+        for index, length in enumerate(lengths)
+    )
+    return Sampled(Ticket(number, Request(f"p{number}", (1, 2), 0), SamplingPlan(3)), group)
+
+
+def make_preparation(algorithm: OnlineDpo) -> Preparation:
+    return Preparation(
+        algorithm=algorithm,
+        scorer=FakeScorer(SCORES),
+        missing_eos_score=-1.0,
+        reference=Reference(tiny_llama(0), "fp32", 1.0),
+        learner=Reference(tiny_llama(1), "fp32", 1.0),
+        max_tokens=64,
+    )
+
+
+def prepare(preparation: Preparation, sampled: list[Sampled]) -> MiniBatch:
+    mini_batch = preparation.prepare(sampled, SCORES, (3, 1, 1))
+    assert mini_batch is not None
+    return mini_batch
+
+
+DPO = OnlineDpo(samples_per_prompt=3, beta=0.1, loss="sigmoid")
+
+
+def test_every_sample_has_a_row_and_only_the_chosen_ones_a_place() -> None:
+    mini_batch = prepare(make_preparation(DPO), [make_sampled(4), make_sampled(5)])
+
+    assert [(row.ticket, row.sample_index, row.place, row.score) for row in mini_batch.rows] == [
+        (4, 0, 1, 0.0),  # the worst of its prompt
+        (4, 1, 0, 3.0),  # the best
+        (4, 2, None, 1.0),
+        (5, 0, None, 5.0),
+        (5, 1, None, 5.0),
+        (5, 2, None, 5.0),
+    ]
+    assert {(row.update, row.rollout, row.mini_batch, row.staleness) for row in mini_batch.rows} == {(3, 1, 1, 1)}
+    assert {row.staleness for row in mini_batch.rows_of(update=6, epoch=1)} == {4}
+    assert mini_batch.num_units == 1
+
+
+def test_proximal_logprobs_are_the_learners_where_they_are_asked_for() -> None:
+    sampled = [make_sampled(4), make_sampled(5)]
+    preparation = make_preparation(WithProximal(samples_per_prompt=3, beta=0.1, loss="sigmoid"))
+
+    asked, unasked = prepare(preparation, sampled), prepare(make_preparation(DPO), sampled)
+
+    (micro_batch,) = asked.micro_batches
+    expected = preparation.learner.compute(micro_batch.sequences)
+    assert micro_batch.inputs.proximal_logprobs is not None
+    torch.testing.assert_close(micro_batch.inputs.proximal_logprobs, expected, rtol=0, atol=0)
+    assert [len(row.proximal_logprobs or ()) for row in asked.rows] == [1, 3, 0, 0, 0, 0]
+    assert unasked.micro_batches[0].inputs.proximal_logprobs is None
+    assert {row.proximal_logprobs for row in unasked.rows} == {None}
+
+
+def test_reference_logprobs_that_came_with_the_samples_are_used_as_they_are() -> None:
+    scored = ScoredGroup(scores=(), reference_logprobs=((-7.0,), (-1.0, -2.0, -3.0), None))
+    sampled = [replace(make_sampled(4), scored=scored), make_sampled(5)]
+
+    (micro_batch,) = prepare(make_preparation(DPO), sampled).micro_batches
+
+    assert micro_batch.inputs.reference_logprobs.tolist() == [[-1.0, -2.0, -3.0], [-7.0, 0.0, 0.0]]
+
+
+def test_equal_scores_everywhere_give_no_mini_batch() -> None:
+    assert make_preparation(DPO).prepare([make_sampled(4), make_sampled(5)], [2.0] * 6, (0, 0, 0)) is None
+
+
+@pytest.mark.parametrize("algorithm", [DPO, WithProximal(samples_per_prompt=3, beta=0.1, loss="sigmoid")])
+def test_a_mini_batch_comes_back_from_the_ledger_bit_for_bit(tmp_path: Path, algorithm: OnlineDpo) -> None:
+    sampled = [make_sampled(4), make_sampled(5)]
+    preparation = make_preparation(algorithm)
+    mini_batch = prepare(preparation, sampled)
+    header = LedgerHeader(1, 2, 1, 2, 4, 3, False, "drain", 0, 10, "prompts", "model")
+    ledger = Ledger.open(tmp_path, header)
+    for item in sampled:
+        ledger.add_group(item.ticket.number, 0, item.group, "generator-0")
+    ledger.add_update(mini_batch.rows)
+    ledger.flush()
+
+    reader = read_ledger(tmp_path)
+    (recorded,) = reader.updates()
+    # With other models behind it: everything must come from the ledger.
+    elsewhere = replace(preparation, reference=preparation.learner, learner=preparation.reference)
+    again = rebuild_mini_batch(recorded, reader, elsewhere)
+
+    assert (again.num_units, again.rows) == (mini_batch.num_units, mini_batch.rows)
+    for old, new in zip(mini_batch.micro_batches, again.micro_batches, strict=True):
+        assert torch.equal(old.sequences.input_ids, new.sequences.input_ids)
+        for name, tensor in vars(old.inputs).items():
+            assert (tensor is None) == (getattr(new.inputs, name) is None)
+            assert tensor is None or torch.equal(tensor, getattr(new.inputs, name))
