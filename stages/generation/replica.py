@@ -13,12 +13,14 @@ from stages.common.errors import GeneratorError
 from stages.common.process import GuardedProcess
 from stages.generation.config import FleetConfig
 from stages.generation.probe import ProbeCheck
-from stages.generation.protocol import Group, WeightsUpdate
+from stages.generation.protocol import Group, Ticket, WeightsUpdate
 from stages.generation.vllm_client import VllmClient
 
 HEALTH_POLL_S = 0.25
 STOP_S = 5.0
 """Seconds a server gets to end by itself."""
+STALL_S = 1.0
+"""A time limit noticed later than this was missed by this process, which stood still (Ctrl-Z), not by the server."""
 
 
 @dataclass
@@ -86,6 +88,24 @@ class Replica:
                     f"{self.describe_log()}"
                 )
             await asyncio.sleep(HEALTH_POLL_S)
+
+    async def sample(self, ticket: Ticket, salt: str) -> Group:
+        """What it answers to a ticket; see `VllmClient.sample`.
+
+        A server whose engine is dead refuses every prompt for a while: that is the loss of the server, which cancels
+        this, and not the fault of the prompt.
+
+        Raises:
+            GeneratorError: an answer that is not what was asked for, from a server that is alive.
+            TimeoutError, httpx.HTTPError: the server failed.
+        """
+        try:
+            return await self.client.sample(ticket.request, ticket.plan, salt)
+        except GeneratorError as error:
+            await self._beat()
+            if self.lost.is_set():
+                raise asyncio.CancelledError(self.loss) from error
+            raise
 
     async def load(self, update: WeightsUpdate, *, pause: bool) -> None:
         """Swap weights and make sure that they are the ones being served.
@@ -184,14 +204,25 @@ class Replica:
     async def _beat(self) -> None:
         limit, before = self.config.heartbeat_timeout_s, (self.version, False)
         try:
-            async with asyncio.timeout(limit):
-                served = await self.client.read_version()
+            served = await self._read_version(limit)
             if (self.version, self.is_swapping) == before and served != str(self.version):
                 self.give_up(f"serves version {served} instead of {self.version}: somebody else swapped its weights")
         except TimeoutError:
             self.give_up(f"did not answer within rl.generator.heartbeat_timeout_s={limit:g}")
         except (httpx.HTTPError, GeneratorError) as error:
             self.give_up(f"{type(error).__name__}: {error}"[:300])
+
+    async def _read_version(self, limit_s: float) -> str:
+        """What it says it serves; asked again where the first answer may have come while this process stood still."""
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self.client.read_version()
+        except TimeoutError:
+            if time.monotonic() - started < limit_s + STALL_S:
+                raise
+        async with asyncio.timeout(limit_s):
+            return await self.client.read_version()
 
     async def _is_healthy(self) -> bool:
         try:

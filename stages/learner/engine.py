@@ -5,7 +5,6 @@ import functools
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -153,6 +152,7 @@ def _join_process_group() -> None:
     """Join the launcher's process group, or make one of a single rank."""
     import deepspeed
     import deepspeed.ops
+    from torch._C._distributed_c10d import HashStore
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -161,8 +161,8 @@ def _join_process_group() -> None:
         os.environ.setdefault("LOCAL_RANK", "0")
         # One rank needs no shared-memory reduction; building it would need a compiler and 20 seconds.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        meeting_point = Path(tempfile.mkdtemp(prefix="slipstream-")) / "rendezvous"
-        torch.distributed.init_process_group(backend, init_method=f"file://{meeting_point}", rank=0, world_size=1)
+        store = HashStore()  # in this process's memory: a single rank meets nobody
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 

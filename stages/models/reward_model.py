@@ -61,6 +61,39 @@ def compute_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Te
         Shifted scores in float32. [B]
     """
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, S, H]
+    return _read_scores(model, hidden, attention_mask)
+
+
+def compute_shared_scores(
+    model: PreTrainedModel, prompt_ids: Tensor, input_ids: Tensor, attention_mask: Tensor
+) -> Tensor:
+    """Scores of completions of one prompt, which is read once: half the work where prompts are as long as completions.
+
+    Args:
+        model: from `init_reward_model` or `load_reward_model`.
+        prompt_ids: [P]
+        input_ids: the completions alone. [B, T]
+        attention_mask: True on their real tokens, which come first. [B, T]
+
+    Returns:
+        Shifted scores in float32, those of `compute_scores` but for rounding. [B]
+    """
+    num_rows, num_tokens = input_ids.shape
+    cache = model.base_model(input_ids=prompt_ids[None], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(num_rows)
+    prompt_mask = attention_mask.new_ones(num_rows, len(prompt_ids))
+    positions = torch.arange(len(prompt_ids), len(prompt_ids) + num_tokens, device=input_ids.device)
+    hidden = model.base_model(
+        input_ids=input_ids,
+        attention_mask=torch.cat([prompt_mask, attention_mask], dim=1),
+        position_ids=positions.expand(num_rows, num_tokens),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state  # [B, T, H]
+    return _read_scores(model, hidden, attention_mask)
+
+
+def _read_scores(model: PreTrainedModel, hidden: Tensor, attention_mask: Tensor) -> Tensor:
     last = attention_mask.long().sum(dim=1) - 1  # [B]
     rows = torch.arange(len(last), device=last.device)
     # The head is tiny and its output is compared across batches: always in float32.

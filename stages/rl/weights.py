@@ -49,8 +49,11 @@ class WeightsPublisher:
         """Write the trained tensors of this version."""
         target = self._directory / f"v{policy_version}.safetensors"
         staged = target.with_suffix(".part")
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        weights = {name: tensor for name, tensor in collect_weights(model).items() if name in trained}
+        weights = {
+            name: parameter.detach().to(torch.bfloat16).contiguous()
+            for name, parameter in model.named_parameters()  # names a tied weight once
+            if parameter.requires_grad
+        }
         save_file(weights, staged, metadata={"policy_version": str(policy_version)})
         staged.replace(target)
         self.num_bytes = target.stat().st_size

@@ -47,3 +47,22 @@ def test_default_run_measures_a_seed_in_a_fresh_clone(tmp_path: Path) -> None:
     measured = json.loads((tmp_path / "out.json").read_text())["runs"]["3"]
     assert measured["metrics"]["judge"]["num_prompts"] == 8
     assert measured["stage_s"].keys() >= {"train_sft", "train_policy", "judge_policy"}
+
+
+def test_the_crash_drill_finds_a_run_whole_after_three_faults(tmp_path: Path) -> None:
+    run(
+        "drill.py",
+        *("--engine", "transformers", "--faults", "3", "--updates", "60", "--pause-s", "1", "--minutes", "4"),
+        *("--only", "learner:SIGKILL:publication", "learner:SIGSTOP:any", "scoring:SIGKILL:any"),
+        *("--out", str(tmp_path / "out.json"), "--workspace", str(tmp_path / "runs")),
+    )
+
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert sorted((fault["target"], fault["signal"]) for fault in report["faults"]) == [
+        ("learner", "SIGKILL"),
+        ("learner", "SIGSTOP"),
+        ("scoring", "SIGKILL"),
+    ]
+    assert all(fault["noticed"] and fault["recovered_s"] for fault in report["faults"])
+    assert set(report["totals"]["must be 0"].values()) == {0}
+    assert report["totals"]["counts"]["updates"] == 60 * len(report["campaigns"])
