@@ -24,7 +24,7 @@ from stages.common.entry import EXIT_SETTING, QUIET_DEFAULTS, die_with_parent, r
 from stages.common.errors import RunError, SettingError
 from stages.common.process import guard_command, stop_guard
 
-STOP_S = 15.0
+STOP_S = 25.0
 """Seconds a stage has to stop before it is killed."""
 _KILLED = 128 + signal.SIGKILL
 _RAN = re.compile(r"Running stage '([^']+)'")

@@ -7,8 +7,8 @@ its orphans. It ends with the command's exit code, after everything the command 
 owner is gone too, it deletes the `--remove` paths, which an owner that lives looks after itself.
 
 - standard input closed, or the owner gone (even by SIGKILL): everything is killed at once;
-- SIGTERM: the command (with `--signal-group` its whole process group) is asked to stop, and everything is
-  killed when it ended, at the latest after `GRACE_S` seconds;
+- SIGTERM: the command is asked to stop, and everything is killed when it ended, at the latest after `GRACE_S`
+  seconds; with `--signal-group` its whole process group is asked, and all of it has that time;
 - SIGINT (Ctrl-C reaches the whole terminal): left to the owner.
 
 Python's resource trackers are killed last: they unlink the shared memory of processes that cannot any more.
@@ -107,22 +107,28 @@ def _watch(child: int, owner: int, woken: int, asked: int) -> int:
 
     `asked` is the process, or minus the group, that SIGTERM is passed on to.
     """
-    deadline = None
+    deadline: float | None = None
+    code: int | None = None
     inputs = [0, woken]
     while True:
         ready, _, _ = select.select(inputs, [], [], _OWNER_CHECK_S)
         numbers = os.read(woken, 512) if woken in ready else b""
         status = _reap(child)
         if status is not None:
-            code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
+            number = os.waitstatus_to_exitcode(status)
+            code = number if number >= 0 else 128 - number
+        # A group that was asked to stop has time for it although its first process is gone: dvc ends at once,
+        # the stage that it runs writes a checkpoint.
+        has_time = deadline is not None and asked < 0 and _descendants(os.getpid())
+        if code is not None and not has_time:
+            return code
         if signal.SIGTERM in numbers and deadline is None:
             deadline = time.monotonic() + GRACE_S
             _signal(asked, signal.SIGTERM)
         # The pipe may be held open by a fork of the owner, so its life is looked at as well.
         owner_ended = (0 in ready and not os.read(0, 512)) or os.getppid() != owner
         if owner_ended or (deadline is not None and time.monotonic() > deadline):
-            return 128 + signal.SIGKILL
+            return 128 + signal.SIGKILL if code is None else code
 
 
 def _reap(child: int) -> int | None:

@@ -225,6 +225,24 @@ def test_a_stop_right_after_the_start_is_one(tmp_path: Path) -> None:
         assert server.stop() == 128 + signal.SIGTERM
 
 
+def test_a_group_that_is_asked_to_stop_has_time_for_it(tmp_path: Path) -> None:
+    # As dvc and the stage that it runs: the first ends at once, its child has something to write.
+    child = (
+        "import signal, time, pathlib, sys\n"
+        "def end(*_):\n    time.sleep(1); pathlib.Path(sys.argv[1], 'written').touch(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end); pathlib.Path(sys.argv[1], 'up').touch(); time.sleep(60)"
+    )
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    command = guard_command([sys.executable, "-c", parent, child, str(tmp_path)])
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    wait_for((tmp_path / "up").exists)
+
+    process.terminate()
+
+    assert stop_guard(process, 20) == 128 + signal.SIGTERM
+    assert (tmp_path / "written").exists()
+
+
 def test_removing_spares_what_a_link_points_to(tmp_path: Path) -> None:
     make_weights(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "weights")
