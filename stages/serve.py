@@ -1,7 +1,7 @@
 """`python -m stages.serve`: a generator's server on this machine, for a run on another one.
 
-The run names it in `rl.generator.urls`. It sends weights as paths, so `rl.generator.weights_dir` must be seen here under
-the path it has there, and section `generation` of params.yaml must be the same.
+The run names it in `rl.generator.urls`. It sends weights as paths, so `rl.generator.weights_dir` must be seen here
+under the path it has there, and section `generation` of params.yaml must be the same.
 """
 
 import argparse
