@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import getpass
 import importlib.metadata
 import json
 import os
@@ -236,9 +235,8 @@ class Run:
         self.temporary = directory / "tmp"
         self.temporary.mkdir()
         # Servers compile a little code when they sample for the first time; all of them share it.
-        code = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
-        self._environment = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
-        self._environment |= {"TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(code))}
+        code = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "slipstream-drill-code"))
+        self._environment = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "TORCHINDUCTOR_CACHE_DIR": code}
         self._command = [sys.executable, "-m", "tests.tiny_rl", str(directory), json.dumps(settings)]
 
     def start(self) -> None:

@@ -65,8 +65,9 @@ def serve(arguments: argparse.Namespace) -> None:
         logger.warning("whoever reaches %s can swap the weights: there is no password", arguments.host)
     sys.stdout.write(f"rl.generator.urls: [{describe_url(arguments.host, arguments.port)}]\n")
     sys.stdout.flush()
+    cores = None if torch.cuda.is_available() else arguments.devices
     process = subprocess.Popen(
-        guard_command(command, cores=None if torch.cuda.is_available() else arguments.devices, signal_group=False),
+        guard_command(command, cores=cores, signal_group=False, temporary=True),
         stdin=subprocess.PIPE,
         env=os.environ | server_environment(config, arguments.devices),
         start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the server

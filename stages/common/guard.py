@@ -1,10 +1,11 @@
 """Keep a child process, and all it starts, from outliving its owner. Run as a script, standard library only.
 
-    python -S -E guard.py [--cores 0,2-3] [--remove PATH]... [--signal-group] -- COMMAND...
+    python -S -E guard.py [--cores 0,2-3] [--remove PATH]... [--signal-group] [--temporary] -- COMMAND...
 
 The owner holds the other end of standard input. The command gets a session of its own; this process adopts
 its orphans. It ends with the command's exit code, after everything the command started has been killed. If the
-owner is gone too, it deletes the `--remove` paths, which an owner that lives looks after itself.
+owner is gone too, it deletes the `--remove` paths, which an owner that lives looks after itself. With `--temporary`
+the command's TMPDIR is a directory of its own, deleted when it ended: killed processes leave sockets and files there.
 
 - standard input closed, or the owner gone (even by SIGKILL): everything is killed at once;
 - SIGTERM: the command is asked to stop, and everything is killed when it ended, at the latest after `GRACE_S`
@@ -23,6 +24,7 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -54,7 +56,12 @@ def parse_cores(text: str) -> set[int]:
 
 
 def main(
-    command: list[str], *, cores: set[int] | None = None, remove: Sequence[str] = (), signal_group: bool = False
+    command: list[str],
+    *,
+    cores: set[int] | None = None,
+    remove: Sequence[str] = (),
+    signal_group: bool = False,
+    temporary: bool = False,
 ) -> int:
     """Run the command under guard; returns its exit code, 128 + N if signal N ended it."""
     # A SIGTERM waits until we, and the command, are ready for it.
@@ -63,10 +70,15 @@ def main(
     _set_process_control(_PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     woken = _wake_on_signals()
+    directory = tempfile.mkdtemp(prefix="slipstream-") if temporary else None
+    if directory is not None:
+        os.environ["TMPDIR"] = directory
     child = _start(command, cores)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     exit_code = _watch(child, owner, woken, -child if signal_group else child)
     _kill_descendants(child)
+    if directory is not None:
+        _remove(directory)
     for path in remove if os.getppid() != owner else ():
         _remove(path)
     return exit_code
@@ -231,6 +243,7 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--cores", type=parse_cores)
     parser.add_argument("--remove", action="append", default=[])
     parser.add_argument("--signal-group", action="store_true")
+    parser.add_argument("--temporary", action="store_true")
     options = parser.parse_args(arguments[:split])
     command = arguments[split + 1 :]
     if not command:

@@ -61,6 +61,7 @@ def start_guarded(
     log_path: Path,
     cores: str | None = None,
     remove: Sequence[Path] = (),
+    temporary: bool = False,
 ) -> GuardedProcess:
     """Start a server whose output goes to `log_path`; asked to stop, it ends its own children.
 
@@ -70,11 +71,12 @@ def start_guarded(
         log_path: appended to; its directory is made.
         cores: CPU cores for it and all it starts, such as `0,2-3`; None is ours. Ignored outside Linux.
         remove: files and directories deleted once all it started is dead, if we are too.
+        temporary: give it a TMPDIR of its own, deleted once all it started is dead.
 
     Raises:
         ValueError: `cores` is no list of cores.
     """
-    guarded = guard_command(command, cores=cores, remove=remove, signal_group=False)
+    guarded = guard_command(command, cores=cores, remove=remove, signal_group=False, temporary=temporary)
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log, _sigterm_blocked():
         process = subprocess.Popen(
@@ -90,14 +92,20 @@ def start_guarded(
 
 
 def guard_command(
-    command: Sequence[str], *, cores: str | None = None, remove: Sequence[Path] = (), signal_group: bool = True
+    command: Sequence[str],
+    *,
+    cores: str | None = None,
+    remove: Sequence[Path] = (),
+    signal_group: bool = True,
+    temporary: bool = False,
 ) -> list[str]:
     """The command line that runs `command` under guard; its standard input must be a pipe we hold.
 
-    `cores` and `remove` are those of `start_guarded`. With `signal_group` SIGTERM reaches the command's
+    `cores`, `remove` and `temporary` are those of `start_guarded`. With `signal_group` SIGTERM reaches the command's
     whole process group, else the command alone.
     """
     options = ["--signal-group"] if signal_group else []
+    options += ["--temporary"] if temporary else []
     if cores is not None:
         guard.parse_cores(cores)
         options += ["--cores", cores]

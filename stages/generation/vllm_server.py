@@ -5,6 +5,7 @@ Its API key would guard /v1 only and leave the weight endpoints open, so it is b
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def start_server(
     env = os.environ | server_environment(config, devices)
     cores = None if torch.cuda.is_available() else devices
     command = server_command(model, config, seed=seed, host="127.0.0.1", port=port)
-    process = start_guarded(command, env=env, log_path=log_path, cores=cores, remove=remove)
+    process = start_guarded(command, env=env, log_path=log_path, cores=cores, remove=remove, temporary=True)
     return process, f"http://127.0.0.1:{port}"
 
 
@@ -75,6 +76,7 @@ def server_command(model: Path, config: GenerationConfig, *, seed: int, host: st
 
 def server_environment(config: GenerationConfig, devices: str | None) -> dict[str, str]:
     """What the server's environment needs besides ours."""
+    compiled = str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}")
     environment = {
         "PYTHONPATH": os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that swap weights
@@ -82,6 +84,8 @@ def server_environment(config: GenerationConfig, devices: str | None) -> dict[st
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        # What one server compiled serves the next, although each has a TMPDIR of its own.
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", compiled),
     }
     if devices is not None and torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = devices

@@ -281,6 +281,16 @@ def test_weights_are_removed_after_all_is_dead_when_the_owner_was_killed(tmp_pat
     wait_for(lambda: not any(path.exists() for path in weights))
 
 
+def test_a_directory_for_temporary_files_is_deleted_with_what_a_killed_command_left_in_it(tmp_path: Path) -> None:
+    script = "import os, sys, tempfile; print(tempfile.mkstemp()[1], flush=True); os.kill(os.getpid(), 9)"
+    with start_guarded([sys.executable, "-c", script], log_path=tmp_path / "log", temporary=True) as process:
+        wait_for(lambda: process.poll() is not None)
+
+    left = Path((tmp_path / "log").read_text().strip())
+    assert left.parent.name.startswith("slipstream-")
+    assert not left.parent.exists()
+
+
 @needs_shm
 @pytest.mark.parametrize("end", ["stop", "kill the owner", "kill the command"])
 def test_a_server_leaves_no_shared_memory(tmp_path: Path, end: str) -> None:
