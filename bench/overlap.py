@@ -12,10 +12,12 @@ learning alone on its own, for the very same work. Hence, per round,
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ WARM_UP = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="those already in the file of --out are kept")
     parser.add_argument("--updates", type=int, default=8, help=f"of each run; the first {WARM_UP} are not measured")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--set", nargs="*", default=[], metavar="rl.key=value", help="other settings of every arm")
@@ -52,13 +54,36 @@ def main() -> None:
         print(json.dumps(run_arm(json.loads(arguments.run), arguments.inputs)))
         return
     changes = dict(item.split("=", 1) for item in arguments.set)
-    report: dict[str, Any] = {"settings": changes, "updates": arguments.updates, "rounds": []}
-    for number in range(arguments.rounds):
+    settings = {"settings": changes, "updates": arguments.updates, "arms": arguments.arms, **describe_run()}
+    report: dict[str, Any] = read_report(arguments.out, settings)
+    for number in range(len(report["rounds"]), arguments.rounds):
         report["rounds"].append({arm: start(arm, arguments, changes) for arm in arguments.arms})
         report["summary"] = summarise(report["rounds"])
         print(number + 1, json.dumps(report["summary"], indent=1))
         if arguments.out:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def read_report(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Rounds that an earlier, interrupted run wrote; a round stands for itself, so others are added to them."""
+    if path is None or not path.exists():
+        return {**settings, "rounds": []}
+    report: dict[str, Any] = json.loads(path.read_text())
+    for key, value in settings.items():
+        if report.get(key) != value:
+            raise SystemExit(f"{path}: {key} is {report.get(key)!r}, now {value!r}; name another file")
+    return report
+
+
+def describe_run() -> dict[str, Any]:
+    """Commit and machine."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "commit": commit.stdout.strip() + ("-changed" if changes.stdout.strip() else ""),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: version(name) for name in ("torch", "vllm", "transformers", "deepspeed")},
+    }
 
 
 def start(arm: str, arguments: argparse.Namespace, changes: dict[str, str]) -> dict[str, float]:
@@ -73,8 +98,6 @@ def start(arm: str, arguments: argparse.Namespace, changes: dict[str, str]) -> d
 
 def run_arm(job: dict[str, Any], inputs: Path) -> dict[str, float]:
     """Train, then read from the timeline what each side did in the measured window."""
-    import os
-
     from stages.common.entry import QUIET_DEFAULTS
     from stages.generation.config import GenerationConfig
     from stages.rl.config import RlConfig

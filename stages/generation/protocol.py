@@ -31,11 +31,17 @@ class SamplingPlan:
     num_samples: int
     with_greedy: bool = False
     """Also the most likely continuation (ReMax's baseline), sent together with the samples."""
+    greedy_max_tokens: int | None = None
+    """Tokens at which the greedy completion is cut; None, or more than a completion may have: where samples are."""
 
     @property
     def num_completions(self) -> int:
         """Completions of a prompt."""
         return self.num_samples + int(self.with_greedy)
+
+    def max_tokens(self, max_new_tokens: int, *, greedy: bool) -> int:
+        """Tokens a completion may have, where samples may have `max_new_tokens`."""
+        return min(max_new_tokens, self.greedy_max_tokens or max_new_tokens) if greedy else max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -172,10 +178,11 @@ def require_complete(group: Group, request: Request, plan: SamplingPlan, max_new
         raise GeneratorError(f"prompt {request.prompt_id}: {len(group)} completions instead of {plan.num_completions}")
     for completion in group:
         num_tokens, num_logprobs = len(completion.token_ids), len(completion.sampling_logprobs)
-        if not 1 <= num_tokens <= max_new_tokens or num_tokens != num_logprobs:
+        most = plan.max_tokens(max_new_tokens, greedy=completion.is_greedy)
+        if not 1 <= num_tokens <= most or num_tokens != num_logprobs:
             raise GeneratorError(
                 f"prompt {request.prompt_id}: {num_tokens} tokens and {num_logprobs} logprobs; "
-                f"expected 1…{max_new_tokens} of each"
+                f"expected 1…{most} of each"
             )
         if not all(-float("inf") < logprob <= 1e-3 for logprob in completion.sampling_logprobs):
             raise GeneratorError(f"prompt {request.prompt_id}: a logprob is not a finite number ≤ 0")

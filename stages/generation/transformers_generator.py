@@ -136,6 +136,7 @@ class TransformersGenerator:
         draws = [torch.Generator().manual_seed((request.seed + k) % 2**63) for k in range(plan.num_samples)]
         tokens: list[list[int]] = [[] for _ in range(num_rows)]
         logprobs: list[list[float]] = [[] for _ in range(num_rows)]
+        limits = [plan.max_tokens(self._config.max_new_tokens, greedy=k >= plan.num_samples) for k in range(num_rows)]
         ids, cache = torch.tensor([request.prompt_ids] * num_rows), None
         for _ in range(self._config.max_new_tokens):
             output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -143,10 +144,10 @@ class TransformersGenerator:
             scores = torch.log_softmax(output.logits[:, -1].float() / self._config.temperature, dim=-1)  # [rows, V]
             chosen = self._choose(scores, draws)  # [rows]
             for row, token in enumerate(chosen.tolist()):
-                if not tokens[row] or tokens[row][-1] != self._eos:
+                if len(tokens[row]) < limits[row] and (not tokens[row] or tokens[row][-1] != self._eos):
                     tokens[row].append(token)
                     logprobs[row].append(scores[row, token].item())
-            if all(row[-1] == self._eos for row in tokens):
+            if all(row[-1] == self._eos or len(row) == most for row, most in zip(tokens, limits, strict=True)):
                 break
             ids = chosen[:, None]
         return tuple(

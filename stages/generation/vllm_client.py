@@ -53,8 +53,8 @@ class VllmClient:
             # The HTTP client's own limit is per read, which a slow drip of bytes never reaches.
             async with asyncio.timeout(limit):
                 # One request has one temperature, so the greedy completion is a second one.
-                calls = [self._generate(request, plan.num_samples, salt, greedy=False)] if plan.num_samples else []
-                calls += [self._generate(request, 1, salt, greedy=True)] if plan.with_greedy else []
+                calls = [self._generate(request, plan, salt, greedy=False)] if plan.num_samples else []
+                calls += [self._generate(request, plan, salt, greedy=True)] if plan.with_greedy else []
                 groups = await _gather(calls)
         except TimeoutError as error:
             raise TimeoutError(f"{self.url}: no answer within generation.request_timeout_s={limit}") from error
@@ -105,10 +105,10 @@ class VllmClient:
             raise GeneratorError(f"{self.url}: no weight_version in {json.dumps(answer)[:100]}")
         return str(answer["weight_version"])
 
-    async def _generate(self, request: Request, num_samples: int, salt: str, *, greedy: bool) -> list[Completion]:
+    async def _generate(self, request: Request, plan: SamplingPlan, salt: str, *, greedy: bool) -> list[Completion]:
         parameters = {
-            "n": num_samples,
-            "max_tokens": self._config.max_new_tokens,
+            "n": 1 if greedy else plan.num_samples,
+            "max_tokens": plan.max_tokens(self._config.max_new_tokens, greedy=greedy),
             "temperature": 0.0 if greedy else self._config.temperature,
             "top_p": 1.0,
             "top_k": -1,

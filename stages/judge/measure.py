@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stages.common.progress import progress
 from stages.data.batches import SequenceBatch, collate, split_by_tokens
 from stages.data.text import TokenSequence
 from stages.learner.engine import compute_type
-from stages.learner.logprobs import CHUNK, gather_logprobs, require_plain_head, select_predictors
+from stages.learner.logprobs import compute_kl, gather_logprobs, require_plain_head, select_predictors
 
 
 @dataclass(frozen=True)
@@ -109,40 +109,6 @@ def sum_kl(predictions: Predictions, reference: Predictions, temperature: float)
         for mine, other in zip(predictions.hidden, reference.hidden, strict=True)
     ]
     return _sum_by_sequence(predictions, flat)
-
-
-def compute_kl(
-    hidden: Tensor, weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor, temperature: float
-) -> Tensor:
-    """KL(model ‖ reference) over the whole vocabulary at each position, in nats; a chunk of rows at a time.
-
-    Args:
-        hidden: the model's. [N, H]
-        weight: its output embeddings. [V, H]
-        reference_hidden: [N, H']
-        reference_weight: [V, H']
-        temperature: divides both models' logits; above 0.
-
-    Returns:
-        float32, ≥ 0. [N]
-
-    Raises:
-        ValueError: the two differ in positions or vocabulary.
-    """
-    mine, other = (len(hidden), len(weight)), (len(reference_hidden), len(reference_weight))
-    if mine != other:
-        raise ValueError(f"model and reference differ in (positions, vocabulary): {mine} and {other}")
-    parts = []
-    for rows, reference_rows in zip(hidden.split(CHUNK), reference_hidden.split(CHUNK), strict=True):
-        logprobs = _log_softmax(rows, weight, temperature)  # [C, V]
-        gap = logprobs - _log_softmax(reference_rows, reference_weight, temperature)  # [C, V]
-        parts.append((logprobs.exp_() * gap).sum(dim=-1))
-    # No KL is below 0; rounding of one near 0 may be.
-    return torch.cat(parts).clamp(min=0.0)
-
-
-def _log_softmax(rows: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return nn.functional.log_softmax((rows @ weight.T).float() / temperature, dim=-1)
 
 
 def _sum_by_sequence(predictions: Predictions, flat: Sequence[Tensor]) -> list[float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from stages.common.errors import InputError
@@ -61,6 +62,64 @@ def gather_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature
         hidden, weight = hidden.detach(), weight.detach()
     logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, targets, temperature)  # type: ignore[no-untyped-call]
     return logprobs
+
+
+def compute_logprobs_and_kl(
+    model: PreTrainedModel, reference: PreTrainedModel, batch: SequenceBatch, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """`compute_logprobs`, and the exact KL(model ‖ reference) before each completion token, 0 on padding. [B, T] each
+
+    No gradient flows through the reference.
+    """
+    hidden = select_predictors(model, batch)  # [N, H]
+    with torch.no_grad():
+        other = select_predictors(reference, batch)
+    weight, other_weight = model.get_output_embeddings().weight, reference.get_output_embeddings().weight
+    mask = batch.completion_mask
+    logprobs = gather_logprobs(hidden, weight, batch.completion_ids[mask], temperature)
+    weight, other_weight = _cast_like(weight, hidden), _cast_like(other_weight, other).detach()
+    kl = compute_kl(hidden.to(weight.dtype), weight, other.to(other_weight.dtype), other_weight, temperature)
+    zeros = torch.zeros(mask.shape, dtype=kl.dtype, device=kl.device)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, kl)
+
+
+def compute_kl(
+    hidden: Tensor, weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor, temperature: float
+) -> Tensor:
+    """KL(model ‖ reference) over the whole vocabulary at each position, in nats; a chunk of rows at a time.
+
+    Args:
+        hidden: the model's. [N, H]
+        weight: its output embeddings. [V, H]
+        reference_hidden: [N, H']
+        reference_weight: [V, H']
+        temperature: divides both models' logits; above 0.
+
+    Returns:
+        float32, ≥ 0, with gradient where gradients are on. [N]
+
+    Raises:
+        ValueError: the two differ in positions or vocabulary.
+    """
+    mine, other = (len(hidden), len(weight)), (len(reference_hidden), len(reference_weight))
+    if mine != other:
+        raise ValueError(f"model and reference differ in (positions, vocabulary): {mine} and {other}")
+    parts = zip(hidden.split(CHUNK), reference_hidden.split(CHUNK), strict=True)
+    # The backward pass computes a chunk's logits again instead of keeping them.
+    kl = [
+        checkpoint(_chunk_kl, rows, weight, reference_rows, reference_weight, temperature, use_reentrant=False)
+        for rows, reference_rows in parts
+    ]
+    # No KL is below 0; rounding of one near 0 may be.
+    return torch.cat(kl).clamp(min=0.0)
+
+
+def _chunk_kl(
+    rows: Tensor, weight: Tensor, reference_rows: Tensor, reference_weight: Tensor, temperature: float
+) -> Tensor:
+    logprobs = _log_softmax(rows, weight, temperature)  # [C, V]
+    gap = logprobs - _log_softmax(reference_rows, reference_weight, temperature)  # [C, V]
+    return (logprobs.exp() * gap).sum(dim=-1)
 
 
 def require_plain_head(model: PreTrainedModel) -> None:

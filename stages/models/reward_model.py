@@ -93,13 +93,18 @@ def compute_shared_scores(
     return _read_scores(model, hidden, attention_mask)
 
 
+def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Shifted score read from each hidden state, in float32. [N, H] -> [N]"""
+    # The head is tiny and its output is compared across batches: always in float32.
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores = nn.functional.linear(hidden.float(), _head(model).weight.float()).squeeze(1)
+    return scores - float(getattr(model.config, SHIFT, 0.0))
+
+
 def _read_scores(model: PreTrainedModel, hidden: Tensor, attention_mask: Tensor) -> Tensor:
     last = attention_mask.long().sum(dim=1) - 1  # [B]
     rows = torch.arange(len(last), device=last.device)
-    # The head is tiny and its output is compared across batches: always in float32.
-    with torch.autocast(hidden.device.type, enabled=False):
-        scores = nn.functional.linear(hidden[rows, last].float(), _head(model).weight.float()).squeeze(1)  # [B]
-    return scores - float(getattr(model.config, SHIFT, 0.0))
+    return apply_head(model, hidden[rows, last])
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:

@@ -1,64 +1,20 @@
 """Section `rl` of params.yaml."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from stages.common.config import Section
 from stages.generation.config import FleetConfig
 from stages.learner.config import LearnerConfig
+from stages.rl.algorithm_config import AlgorithmConfig
 from stages.rl.staleness import StalenessRule
-
-
-class OnlineDpoConfig(Section):
-    """Online DPO (arXiv:2402.04792): best against worst of K samples."""
-
-    name: Literal["online_dpo"]
-    samples_per_prompt: int = Field(default=4, ge=2)
-    """K."""
-    beta: PositiveFloat = 0.1
-    """Strength of the pull towards the SFT model; larger stays closer."""
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """sigmoid: DPO's. ipo: squared distance to 1/(2 beta)."""
-
-
-class CorrectionConfig(Section):
-    """Importance weights of the samples of older policies; bias and variance are in algorithms/importance.py."""
-
-    kind: Literal["none", "token_tis", "sequence_tis"] = "token_tis"
-    """token_tis: each token's ratio, of small variance. sequence_tis: its completion's, of small bias."""
-    max_weight: float = Field(default=2.0, ge=1, le=1e6)
-    """A larger ratio is cut to this; 1 only ever takes weight away."""
-
-
-class RemaxConfig(Section):
-    """ReMax (arXiv:2310.10505): samples against the greedy completion."""
-
-    name: Literal["remax"]
-    samples_per_prompt: PositiveInt = 1
-    """Samples that share one greedy baseline; 1 in the paper."""
-    kl_coef: float = Field(default=0.05, ge=0)
-    """Reward lost per nat of KL to the SFT model."""
-    kl_mode: Literal["none", "one_step", "full_step"] = "full_step"
-    """full_step: a token pays for its completion's KL from there on. one_step: for its own only."""
-    correction: CorrectionConfig = CorrectionConfig()
-    """For completions that older weights sampled; those of the learner's own have ratio 1 but for rounding."""
-
-    @model_validator(mode="after")
-    def check_kl(self) -> Self:
-        """A coefficient without a mode, or a mode without a coefficient, would do nothing."""
-        if (self.kl_coef == 0) != (self.kl_mode == "none"):
-            raise ValueError(
-                f"rl.algorithm.kl_coef={self.kl_coef} with rl.algorithm.kl_mode={self.kl_mode!r}: "
-                "set kl_mode to 'none' exactly when kl_coef is 0"
-            )
-        return self
 
 
 class RlConfig(Section):
     """Reinforcement learning against the reward model. Counts are per optimizer update, over all ranks."""
 
-    algorithm: Annotated[OnlineDpoConfig | RemaxConfig, Field(discriminator="name")]
+    algorithm: AlgorithmConfig
     learner: LearnerConfig
     num_updates: PositiveInt
     """Optimizer updates of the whole run."""

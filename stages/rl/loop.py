@@ -33,7 +33,7 @@ from stages.rl.weights import WeightsPublisher
 logger = logging.getLogger(__name__)
 
 MAX_EMPTY_BATCHES = 10
-"""Mini-batches in a row without anything to learn from (all scores equal) before the run gives up."""
+"""Mini-batches in a row without anything to learn from (all scores equal, no greedy score) before the run gives up."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ class Loop:
                 mini_batch = preparation.prepare(sampled, scores, (version, rollout, number))
             if mini_batch is not None:
                 return mini_batch
-            logger.warning("all scores are equal, nothing to learn update=%d", version)
+            logger.warning("nothing to learn from these prompts, others are sampled update=%d", version)
             sampling.discard(sampled, version, "no_signal")
         raise RunError(
-            f"{MAX_EMPTY_BATCHES} mini-batches in a row had equal scores for every prompt: the reward model does not "
-            "tell the policy's completions apart"
+            f"{MAX_EMPTY_BATCHES} mini-batches in a row gave nothing to learn from: the reward model does not tell the "
+            "policy's completions apart, or (ReMax) no greedy completion has a score"
         )
 
     def _check_gap(self, metrics: dict[str, Mean]) -> None:
@@ -205,7 +205,7 @@ class Loop:
                 "ledger_offset": parts.ledger.flush(),
                 "timeline": training.timeline.state(),
             }
-            commit_checkpoint(training.workdir, training.learner.save, state)
+            commit_checkpoint(training.workdir, training.save, state)
             best = training.best_directory(self._progress)
             for older in training.workdir.glob("best-v*"):  # the committed state names the only one still needed
                 if older != best:

@@ -12,17 +12,21 @@ from stages.generation.protocol import Group, Ticket
 from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.ledger.reader import LedgerReader, RecordedUpdate
 from stages.rl.ledger.schema import TrainedRow
+from stages.rl.records import Totals
 from stages.rl.rollouts import (
+    Lookups,
     Member,
     MicroBatch,
     Reference,
     build_micro_batch,
     build_rollout,
+    complete_advantages,
     describe_rollout,
     split_units,
 )
 from stages.rl.scorer import score_completions
 from stages.rl.scoring import ScoredGroup
+from stages.rl.value import ValueModel
 from stages.scoring.protocol import Scorer
 
 
@@ -50,6 +54,12 @@ class MiniBatch:
     """Of its first update."""
     metrics: dict[str, Mean]
 
+    @property
+    def totals(self) -> Totals:
+        """Normalisers of its loss."""
+        masks = [micro_batch.inputs.completion_mask for micro_batch in self.micro_batches]
+        return Totals(self.num_units, sum(int(mask.sum()) for mask in masks))
+
     def rows_of(self, update: int, epoch: int) -> list[TrainedRow]:
         """Ledger rows of one of its updates."""
         return [
@@ -70,13 +80,16 @@ class Preparation:
     """The learner as it is, for proximal log-probabilities."""
     max_tokens: int
     """Padded tokens of a micro-batch."""
+    value: ValueModel | None = None
+    """The value model as it is, if the algorithm needs one."""
 
     def score(self, sampled: Sequence[Sampled]) -> list[float]:
         """One score per completion, group after group."""
         if self.scorer is None:
             return [score for item in sampled for score in _scored(item).scores]
         completions = [completion for item in sampled for completion in item.group]
-        return score_completions(self.scorer, completions, self.missing_eos_score)
+        cut = self.algorithm.greedy_max_tokens
+        return score_completions(self.scorer, completions, self.missing_eos_score, greedy_max_tokens=cut)
 
     def prepare(
         self, sampled: Sequence[Sampled], scores: Sequence[float], place: tuple[int, int, int]
@@ -93,8 +106,9 @@ class Preparation:
         if not units:
             return None
         completions = [completion for group in groups for completion in group]
-        split = split_units(completions, units, _reference_logprobs(sampled), self.max_tokens)
-        micro_batches = self.build(split)
+        tickets = [item.ticket.number for item in sampled for _ in item.group]
+        split = split_units(completions, tickets, units, _reference_logprobs(sampled), self.max_tokens)
+        micro_batches, shaping = self.build(split)
         layout = list(zip(split, micro_batches, strict=True))
         rows = [_describe(item, completion, place) for item in sampled for completion in item.group]
         rows = [replace(row, score=score) for row, score in zip(rows, scores, strict=True)]
@@ -102,14 +116,17 @@ class Preparation:
             micro_batches,
             len(units),
             self._add_units(rows, layout),
-            metrics | describe_rollout(groups, scores),
+            metrics | shaping | describe_rollout(groups, scores),
         )
 
-    def build(self, split: Sequence[Sequence[Member]]) -> list[MicroBatch]:
-        """Tensors of every micro-batch."""
-        reference = self.reference if self.algorithm.needs_reference else None
-        proximal = self.learner if self.algorithm.needs_proximal else None
-        return [build_micro_batch(members, reference, proximal) for members in split]
+    def build(self, split: Sequence[Sequence[Member]]) -> tuple[list[MicroBatch], dict[str, Mean]]:
+        """Tensors of every micro-batch, and metrics of their advantages."""
+        lookups = Lookups(
+            self.reference if self.algorithm.needs_reference else None,
+            self.learner if self.algorithm.needs_proximal else None,
+            self.value if self.algorithm.value_model else None,
+        )
+        return complete_advantages([build_micro_batch(members, lookups) for members in split], self.algorithm)
 
     def _add_units(
         self, rows: Sequence[TrainedRow], layout: Sequence[tuple[Sequence[Member], MicroBatch]]
@@ -125,12 +142,11 @@ class Preparation:
                     micro_batch=number,
                     place=place,
                     advantage=member.advantage,
-                    reference_logprobs=_values(inputs.reference_logprobs[place], masks[place])
+                    reference_logprobs=_values(inputs.reference_logprobs, place, masks)
                     if self.algorithm.needs_reference
                     else None,
-                    proximal_logprobs=None
-                    if inputs.proximal_logprobs is None
-                    else _values(inputs.proximal_logprobs[place], masks[place]),
+                    proximal_logprobs=_values(inputs.proximal_logprobs, place, masks),
+                    values=_values(inputs.values, place, masks),
                 )
                 chosen.setdefault(member.row, []).append(row)
         return [row for number, plain in enumerate(rows) for row in chosen.get(number, [plain])]
@@ -156,13 +172,23 @@ def rebuild_mini_batch(recorded: RecordedUpdate, ledger: LedgerReader, preparati
     unique = {(row.key, row.sample_index, row.is_greedy): row for row in recorded.rows}
     scores = [unique[key].score for key in completions]
     rollout = build_rollout(list(groups.values()), scores)
-    metrics = preparation.algorithm.select(rollout)[1] | describe_rollout(list(groups.values()), scores)
-    return MiniBatch(preparation.build(split), recorded.num_units, list(recorded.rows), metrics)
+    micro_batches, shaping = preparation.build(split)
+    metrics = preparation.algorithm.select(rollout)[1] | shaping | describe_rollout(list(groups.values()), scores)
+    return MiniBatch(micro_batches, recorded.num_units, list(recorded.rows), metrics)
 
 
 def _recorded_member(row: TrainedRow, completion: Completion) -> Member:
     assert row.unit is not None
-    return Member(-1, row.unit, completion, row.advantage, row.reference_logprobs, row.proximal_logprobs)
+    return Member(
+        row=-1,
+        unit=row.unit,
+        group=row.ticket,
+        completion=completion,
+        advantage=row.advantage,
+        reference_logprobs=row.reference_logprobs,
+        proximal_logprobs=row.proximal_logprobs,
+        values=row.values,
+    )
 
 
 def _describe(item: Sampled, completion: Completion, place: tuple[int, int, int]) -> TrainedRow:
@@ -194,5 +220,5 @@ def _scored(item: Sampled) -> ScoredGroup:
     return item.scored
 
 
-def _values(row: Tensor, mask: Tensor) -> tuple[float, ...]:
-    return tuple(row[mask].tolist())
+def _values(tensor: Tensor | None, row: int, masks: Tensor) -> tuple[float, ...] | None:
+    return None if tensor is None else tuple(tensor[row][masks[row]].tolist())

@@ -4,10 +4,11 @@ Shapes: B completions of a micro-batch, T completion tokens, right-padded.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from stages.common.metrics import Mean
@@ -16,10 +17,11 @@ from stages.data.records import Completion
 from stages.data.text import TokenSequence
 from stages.generation.protocol import Group
 from stages.learner.engine import compute_type
-from stages.learner.logprobs import compute_logprobs
+from stages.learner.logprobs import compute_logprobs, compute_logprobs_and_kl
 from stages.models.load import select_device
 from stages.rl.algorithms.protocol import Algorithm
-from stages.rl.records import LossInputs, Rollout, Unit
+from stages.rl.records import LossInputs, Predictions, Rollout, Totals, Unit
+from stages.rl.value import ValueModel
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,30 @@ class Member:
     """Place among the mini-batch's completions."""
     unit: int
     """Number of the unit in the mini-batch."""
+    group: int
+    """Ticket of its prompt."""
     completion: Completion
     advantage: float | None
     """None for algorithms on pairs."""
     reference_logprobs: tuple[float, ...] | None = None
     """None: to be computed where the algorithm needs them."""
     proximal_logprobs: tuple[float, ...] | None = None
+    values: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """Frozen models that fill in what the rows do not bring; None: the algorithm does not need it."""
+
+    reference: Reference | None = None
+    proximal: Reference | None = None
+    """The learner before it trains on the rows."""
+    value: ValueModel | None = None
 
 
 def split_units(
     completions: Sequence[Completion],
+    groups: Sequence[int],
     units: Sequence[Unit],
     reference_logprobs: Sequence[tuple[float, ...] | None],
     max_tokens: int,
@@ -85,7 +101,7 @@ def split_units(
     ]
     return [
         [
-            Member(row, number, completions[row], advantage, reference_logprobs[row])
+            Member(row, number, groups[row], completions[row], advantage, reference_logprobs[row])
             for number in numbers
             for row, advantage in _rows_of(units[number])
         ]
@@ -97,35 +113,56 @@ def _rows_of(unit: Unit) -> Iterator[tuple[int, float | None]]:
     yield from zip(unit.rows, unit.advantages or (None,) * len(unit.rows), strict=True)
 
 
-def build_micro_batch(
-    members: Sequence[Member], reference: Reference | None, proximal: Reference | None = None
-) -> MicroBatch:
-    """Tensors of one micro-batch.
-
-    Args:
-        members: its rows.
-        reference: computes the reference's log-probabilities where the rows have none; None: they are not needed.
-        proximal: the same for the learner's own before it trains on them.
-    """
+def build_micro_batch(members: Sequence[Member], lookups: Lookups) -> MicroBatch:
+    """Tensors of one micro-batch; advantages are those of the scores alone."""
     sequences = collate(
         [TokenSequence(item.completion.prompt_ids, item.completion.token_ids) for item in members], select_device()
     )
     mask = sequences.completion_mask
     advantages = torch.tensor([item.advantage or 0.0 for item in members], device=mask.device)
-    zeros = torch.zeros(mask.shape, device=mask.device)
-    of_reference = _scatter_or_compute([item.reference_logprobs for item in members], sequences, reference)
+    of_reference = _scatter_or_compute([item.reference_logprobs for item in members], sequences, lookups.reference)
+    of_proximal = _scatter_or_compute([item.proximal_logprobs for item in members], sequences, lookups.proximal)
     inputs = LossInputs(
         completion_mask=mask,
+        groups=torch.tensor([item.group for item in members], device=mask.device),
         advantages=torch.where(mask, advantages[:, None], 0.0),
         sampling_logprobs=_scatter([item.completion.sampling_logprobs for item in members], mask),
-        reference_logprobs=zeros if of_reference is None else of_reference,
-        proximal_logprobs=_scatter_or_compute([item.proximal_logprobs for item in members], sequences, proximal),
+        reference_logprobs=torch.zeros(mask.shape, device=mask.device) if of_reference is None else of_reference,
+        proximal_logprobs=of_proximal,
+        values=_scatter_or_compute([item.values for item in members], sequences, lookups.value),
     )
     return MicroBatch(sequences, inputs)
 
 
+def complete_advantages(
+    micro_batches: Sequence[MicroBatch], algorithm: Algorithm
+) -> tuple[list[MicroBatch], dict[str, Mean]]:
+    """The same micro-batches with the advantages of the whole mini-batch, and metrics."""
+    joined, metrics = algorithm.compute_advantages(join_inputs([item.inputs for item in micro_batches]))
+    completed, start = [], 0
+    for item in micro_batches:
+        num_rows, num_tokens = item.inputs.completion_mask.shape
+        rows = slice(start, start + num_rows)
+        returns = None if joined.returns is None else joined.returns[rows, :num_tokens]
+        inputs = replace(item.inputs, advantages=joined.advantages[rows, :num_tokens], returns=returns)
+        completed.append(replace(item, inputs=inputs))
+        start += num_rows
+    return completed, metrics
+
+
+def join_inputs(parts: Sequence[LossInputs]) -> LossInputs:
+    """All rows of several micro-batches, padded to the longest."""
+    num_tokens = max(part.completion_mask.shape[1] for part in parts)
+    joined: dict[str, Tensor | None] = {}
+    for name in (field.name for field in fields(LossInputs)):
+        tensors = [tensor for part in parts if (tensor := getattr(part, name)) is not None]
+        padded = [item if item.ndim == 1 else pad(item, (0, num_tokens - item.shape[1])) for item in tensors]
+        joined[name] = torch.cat(padded) if padded else None
+    return LossInputs(**joined)  # type: ignore[arg-type]
+
+
 def _scatter_or_compute(
-    rows: Sequence[tuple[float, ...] | None], sequences: SequenceBatch, model: Reference | None
+    rows: Sequence[tuple[float, ...] | None], sequences: SequenceBatch, model: Reference | ValueModel | None
 ) -> Tensor | None:
     known = [row for row in rows if row is not None]
     if len(known) == len(rows):
@@ -140,12 +177,25 @@ def _scatter(rows: Sequence[Sequence[float]], mask: Tensor) -> Tensor:
 
 
 def compute_loss(
-    model: PreTrainedModel, batch: MicroBatch, *, algorithm: Algorithm, num_units: int, temperature: float
+    model: PreTrainedModel, batch: MicroBatch, *, algorithm: Algorithm, totals: Totals, reference: Reference
 ) -> tuple[Tensor, dict[str, Mean]]:
-    """The algorithm's loss of one micro-batch, with the metrics every algorithm has."""
-    logprobs = compute_logprobs(model, batch.sequences, temperature)  # [B, T]
-    loss, metrics = algorithm.compute_loss(logprobs, batch.inputs, num_units=num_units)
-    mask = batch.inputs.completion_mask
+    """The algorithm's loss of one micro-batch, with the metrics every algorithm has.
+
+    Args:
+        model: the learner's.
+        batch: one of the update's micro-batches.
+        algorithm: whose loss.
+        totals: of all micro-batches.
+        reference: gives the temperature, and whole distributions if the algorithm needs them.
+    """
+    if algorithm.needs_exact_kl:
+        predictions = Predictions(
+            *compute_logprobs_and_kl(model, reference.model, batch.sequences, reference.temperature)
+        )
+    else:
+        predictions = Predictions(compute_logprobs(model, batch.sequences, reference.temperature))
+    loss, metrics = algorithm.compute_loss(predictions, batch.inputs, totals)
+    logprobs, mask = predictions.logprobs, batch.inputs.completion_mask
     gap = torch.where(mask, (logprobs.detach() - batch.inputs.sampling_logprobs).abs(), 0.0)
     return loss, metrics | {
         "learner/sampling_logprob_gap": Mean(gap.sum(), mask.sum()),

@@ -25,10 +25,19 @@ def resolve_missing_eos_score(setting: float | Literal["lowest"], sft_range: tup
     return setting
 
 
-def score_completions(scorer: Scorer, completions: Sequence[Completion], missing_eos_score: float) -> list[float]:
-    """The scorer's score of finished completions, `missing_eos_score` of the others."""
+def score_completions(
+    scorer: Scorer, completions: Sequence[Completion], missing_eos_score: float, *, greedy_max_tokens: int | None = None
+) -> list[float]:
+    """The scorer's score of finished completions, `missing_eos_score` of the others.
+
+    Greedy completions that were cut on purpose, at `greedy_max_tokens`, are scored as they are.
+    """
+
+    def is_cut(completion: Completion) -> bool:
+        return completion.is_greedy and len(completion.token_ids) == greedy_max_tokens
+
     scores = scorer.score(completions)
     return [
-        score if completion.is_finished else missing_eos_score
+        score if completion.is_finished or is_cut(completion) else missing_eos_score
         for completion, score in zip(completions, scores, strict=True)
     ]

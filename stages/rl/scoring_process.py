@@ -42,7 +42,8 @@ class GroupScorer:
         """Scores of all completions, reference log-probabilities of those that are trained on."""
         scores: list[float] = []
         if self._scorer is not None:
-            scores = score_completions(self._scorer, group, self._job.missing_eos_score)
+            cut = self._job.algorithm.greedy_max_tokens
+            scores = score_completions(self._scorer, group, self._job.missing_eos_score, greedy_max_tokens=cut)
         if self._reference is None:
             return ScoredGroup(tuple(scores), None)
         rows = self._select_rows(group, scores)

@@ -20,6 +20,8 @@ from stages.learner.checkpoint import find_checkpoint
 from stages.learner.engine import Learner
 from stages.learner.logprobs import require_plain_head
 from stages.models.load import freeze, load_policy, load_tokenizer, move, select_device, select_trainable
+from stages.models.reward_model import load_reward_model
+from stages.rl.algorithm_config import PpoConfig
 from stages.rl.algorithms import ALGORITHMS
 from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.config import RlConfig
@@ -42,6 +44,7 @@ from stages.rl.staleness import Admission
 from stages.rl.stopping import StopSignals
 from stages.rl.timeline import Timeline
 from stages.rl.training import LogMetrics, Training
+from stages.rl.value import ValueModel
 from stages.rl.weights import WeightsPublisher, copy_policy, open_scratch
 from stages.scoring.reward import RewardScorer, read_sft_range
 
@@ -106,7 +109,7 @@ def train_policy(
     """
     placement = place(config, list_devices())
     prompts = _read_prompts(inputs, config, generation)
-    setting = _Setting(inputs, config, generation, make_algorithm(config), placement, prompts, workdir)
+    setting = _Setting(inputs, config, generation, make_algorithm(config, generation), placement, prompts, workdir)
     timeline = Timeline(workdir / TIMELINE)
     if config.replay_from is not None:
         warn_unless_watched(Path(config.replay_from), WATCHED)
@@ -134,16 +137,20 @@ def train_policy(
     return Result(progress, timeline, dict(parts.sampling.dropped), parts.publisher.num_bytes)
 
 
-def make_algorithm(config: RlConfig) -> Algorithm:
+def make_algorithm(config: RlConfig, generation: GenerationConfig) -> Algorithm:
     """The algorithm with its settings.
 
     Raises:
-        SettingError: it needs what the loop has not.
+        SettingError: they do not go together with how completions are sampled.
     """
-    algorithm = ALGORITHMS[config.algorithm.name](**config.algorithm.model_dump(exclude={"name"}))
-    if algorithm.needs_value_model:
-        raise SettingError(f"rl.algorithm.name={config.algorithm.name!r} needs a value model, which the loop has not")
-    return algorithm
+    greedy_max_tokens = getattr(config.algorithm, "greedy_max_tokens", None)
+    if greedy_max_tokens is not None and greedy_max_tokens >= generation.max_new_tokens:
+        raise SettingError(
+            f"rl.algorithm.greedy_max_tokens={greedy_max_tokens} cuts nothing: allowed: below "
+            f"generation.max_new_tokens={generation.max_new_tokens}, or null"
+        )
+    settings = config.algorithm.model_dump(exclude={"name", "value_lr"})
+    return ALGORITHMS[config.algorithm.name](**settings)
 
 
 def make_header(setting: "_Setting") -> LedgerHeader:
@@ -224,6 +231,7 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
     # Same weights, same types, same code path as the learner: KL is exactly 0 before the first update.
     reference_model = move(load_policy(inputs.sft, torch.float32), select_device())
     freeze(reference_model)
+    value_learner = _make_value_learner(setting)
     dtype, temperature, max_tokens = (
         config.learner.dtype,
         setting.generation.temperature,
@@ -237,8 +245,23 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
         reference=Reference(reference_model, dtype, temperature),
         learner=Reference(learner.model, dtype, temperature),
         max_tokens=max_tokens,
+        value=None if value_learner is None else ValueModel(value_learner.model, dtype),
     )
-    return Training(learner, preparation, timeline, inputs.sft, setting.workdir, config.max_kl_nats, log_metrics)
+    return Training(
+        learner, preparation, timeline, inputs.sft, setting.workdir, config.max_kl_nats, log_metrics, value_learner
+    )
+
+
+def _make_value_learner(setting: _Setting) -> Learner | None:
+    """The reward model with an optimizer of its own, for algorithms that learn values."""
+    algorithm, config = setting.config.algorithm, setting.config
+    if not isinstance(algorithm, PpoConfig):
+        return None
+    model = load_reward_model(setting.inputs.reward, torch.float32)
+    select_trainable(model, config.learner.trainable_layers, "rl.learner.trainable_layers")
+    model.score.requires_grad_(True)
+    learner_config = config.learner.model_copy(update={"lr": algorithm.value_lr or config.learner.lr})
+    return Learner(model, learner_config, config.num_updates, rescue_dir=setting.workdir / "value")
 
 
 def _scoring_starter(setting: _Setting, preparation: Preparation) -> StartScoring | None:
@@ -274,7 +297,9 @@ def _make_loop_parts(
         generator=generator,
         inbox=inbox,
         stream=PromptStream(prompts.train, config.seed),
-        plan=SamplingPlan(setting.algorithm.num_samples, setting.algorithm.with_greedy),
+        plan=SamplingPlan(
+            setting.algorithm.num_samples, setting.algorithm.with_greedy, setting.algorithm.greedy_max_tokens
+        ),
         ledger=ledger,
         stop=stop,
         stall_timeout_s=config.stall_timeout_s,
@@ -300,7 +325,7 @@ def _resume(training: Training, parts: LoopParts) -> Progress:
         parts.ledger.roll_back_to(0)
         return Progress()
     path, state = found
-    training.learner.load(path)
+    training.load(path)
     training.timeline.restore(state["timeline"])
     parts.ledger.roll_back_to(state["ledger_offset"])
     version = training.learner.updates

@@ -2,20 +2,28 @@
 
 import functools
 import logging
+from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.common.metrics import Mean
 from stages.learner.engine import Learner
 from stages.rl.mini_batch import MiniBatch, Preparation, describe_staleness
 from stages.rl.progress import Progress
-from stages.rl.rollouts import compute_loss
+from stages.rl.rollouts import MicroBatch, compute_loss
 from stages.rl.timeline import LEARNER, Timeline
 from stages.rl.validation import Evaluation, is_better
+from stages.rl.value import compute_values
 from stages.rl.weights import export_policy
 
 logger = logging.getLogger(__name__)
+
+VALUE = "value"
+"""Directory of the value model in a checkpoint."""
 
 LogMetrics = Callable[[dict[str, float], int], None]
 
@@ -33,18 +41,65 @@ class Training:
     max_kl_nats: float
     """Evaluations with a larger KL are not the best."""
     log_metrics: LogMetrics
+    value_learner: Learner | None = None
+    """The value model under training, for algorithms that have one."""
+    troubles: deque[str | None] = field(default_factory=lambda: deque(maxlen=10))
+    """What the algorithm said of the last updates."""
 
     def train(self, mini_batch: MiniBatch, staleness: list[int]) -> dict[str, Mean]:
         """One optimizer update; its metrics with those of the mini-batch."""
         loss = functools.partial(
             compute_loss,
             algorithm=self.preparation.algorithm,
-            num_units=mini_batch.num_units,
-            temperature=self.preparation.reference.temperature,
+            totals=mini_batch.totals,
+            reference=self.preparation.reference,
         )
         with self.timeline.span(LEARNER, "learn", self.learner.updates):
             metrics = self.learner.update(mini_batch.micro_batches, loss)
-        return mini_batch.metrics | metrics | describe_staleness(staleness)
+            metrics |= self._train_value_model(mini_batch)
+        metrics |= mini_batch.metrics | describe_staleness(staleness)
+        self._warn(self.preparation.algorithm.find_trouble(metrics))
+        return metrics
+
+    def _train_value_model(self, mini_batch: MiniBatch) -> dict[str, Mean]:
+        value_loss = self.preparation.algorithm.value_model
+        if value_loss is None:
+            return {}
+        assert self.value_learner is not None
+
+        def compute(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, dict[str, Mean]]:
+            return value_loss.compute_loss(compute_values(model, batch.sequences), batch.inputs, mini_batch.totals)
+
+        metrics = self.value_learner.update(mini_batch.micro_batches, compute)
+        return metrics | {
+            "value/loss": metrics.pop("learner/loss"),
+            "value/grad_norm": metrics.pop("learner/grad_norm"),
+            "value/lr": metrics.pop("learner/lr"),
+        }
+
+    def _warn(self, trouble: str | None) -> None:
+        """Say what is wrong once it has been so for some updates."""
+        self.troubles.append(trouble)
+        if trouble and len(self.troubles) == self.troubles.maxlen and all(self.troubles):
+            logger.warning("%s; so it was for %d updates", trouble, len(self.troubles))
+            self.troubles.clear()
+
+    def save(self, directory: Path) -> None:
+        """Everything under training, into an existing directory."""
+        self.learner.save(directory)
+        if self.value_learner is not None:
+            (directory / VALUE).mkdir()
+            self.value_learner.save(directory / VALUE)
+
+    def load(self, directory: Path) -> None:
+        """Continue exactly where `save` was called.
+
+        Raises:
+            InputError: the directory holds no checkpoint of these models.
+        """
+        self.learner.load(directory)
+        if self.value_learner is not None:
+            self.value_learner.load(directory / VALUE)
 
     def note_evaluation(self, evaluation: Evaluation, progress: Progress) -> dict[str, Mean]:
         """Keep the learner's weights if this evaluation of them is the best so far."""

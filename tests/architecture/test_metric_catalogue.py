@@ -16,7 +16,10 @@ from stages.rl.train import Result
 from stages.rl.validation import Evaluation
 from tests.unit.judge.comparisons import small_comparison
 
-COMPONENTS = "learner|reward|eval|rollout|time|sft|online_dpo|remax|data|judge|perf|pairs|samples|policy|system"
+COMPONENTS = (
+    "learner|reward|eval|rollout|time|sft|online_dpo|remax|copg|best_of_n|value|data|judge|perf|pairs|samples|policy|"
+    "system"
+)
 NAME = re.compile(rf"({COMPONENTS})/[a-z0-9_/{{}}]+")
 PLACEHOLDER = re.compile(r"\{\w*\}")
 ROW = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)

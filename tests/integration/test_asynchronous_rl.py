@@ -28,13 +28,21 @@ from stages.rl.config import RlConfig
 from stages.rl.ledger.checks.run import check_ledger
 from stages.rl.ledger.reader import read_ledger
 from stages.rl.prompts import PromptStream
-from stages.rl.rollouts import Reference, build_micro_batch, build_rollout, compute_loss, split_units
+from stages.rl.records import Totals
+from stages.rl.rollouts import Lookups, Reference, build_micro_batch, build_rollout, compute_loss, split_units
 from stages.rl.scorer import resolve_missing_eos_score, score_completions
 from stages.rl.weights import collect_weights
 from stages.scoring.reward import RewardScorer, read_sft_range
 from tests import tiny_rl
 
 TIMEOUT_S = 120
+PPO = {
+    "algorithm": {"name": "ppo", "samples_per_prompt": 3, "correction": {"kind": "decoupled"}},
+    "max_staleness": 4,
+    "updates_per_rollout": 1,
+    "epochs_per_rollout": 2,
+}
+"""Its ledger holds proximal log-probabilities and values, its checkpoint a second model with an optimizer."""
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +82,10 @@ def train_synchronously(directory: Path) -> dict[str, torch.Tensor]:
         completions = [completion for group in groups for completion in group]
         scores = score_completions(scorer, completions, missing_eos)
         units, _ = algorithm.select(build_rollout(groups, scores))
-        split = split_units(completions, units, [None] * len(completions), config.learner.micro_batch_tokens)
-        loss = functools.partial(
-            compute_loss, algorithm=algorithm, num_units=len(units), temperature=generation.temperature
-        )
-        learner.update([build_micro_batch(members, reference) for members in split], loss)
+        none, max_tokens = [None] * len(completions), config.learner.micro_batch_tokens
+        split = split_units(completions, [0] * len(completions), units, none, max_tokens)
+        loss = functools.partial(compute_loss, algorithm=algorithm, totals=Totals(len(units), 0), reference=reference)
+        learner.update([build_micro_batch(members, Lookups(reference)) for members in split], loss)
         target = directory / f"sync-{update}"
         shutil.copytree(paths.sft, target)
         save_file(collect_weights(learner.model), target / "model.safetensors", metadata={"format": "pt"})
@@ -108,6 +115,7 @@ def test_synchronous_settings_give_the_weights_of_a_plain_synchronous_loop(input
         ({"max_staleness": 3, "updates_per_rollout": 2}, [[0], [1], [2], [3], [2], [3]]),
         ({"max_staleness": 1, "epochs_per_rollout": 2}, [[0], [1]] * 3),
         ({"max_staleness": 4, "updates_per_rollout": 3}, None),
+        (PPO, None),
     ],
 )
 def test_a_run_keeps_its_bound_and_its_ledger_replays_to_the_same_weights(
@@ -127,6 +135,8 @@ def test_a_run_keeps_its_bound_and_its_ledger_replays_to_the_same_weights(
 
 
 LONG = {"num_updates": 24, "checkpoint_every": 1, "eval_every": 8}
+KILLED_AFTER = (2, 6, 10, 14, 19)
+"""Updates; with four settings that is 20 kills."""
 
 
 def start(directory: Path, settings: dict[str, Any]) -> "subprocess.Popen[str]":
@@ -157,8 +167,9 @@ def finish(process: "subprocess.Popen[str]") -> int:
         {"max_staleness": 1},
         {"max_staleness": 3, "updates_per_rollout": 2, "score_on": "generator"},
         {"max_staleness": 6, "updates_per_rollout": 2, "epochs_per_rollout": 2},
+        PPO,
     ],
-    ids=["one step off", "scored by a process of its own", "two epochs, half a rollout further ahead"],
+    ids=["one step off", "scored by a process of its own", "two epochs, half a rollout further ahead", "ppo"],
 )
 def test_a_run_killed_at_random_instants_ends_with_the_weights_of_one_that_never_was(
     inputs: Path, tmp_path: Path, settings: dict[str, Any]
@@ -167,7 +178,7 @@ def test_a_run_killed_at_random_instants_ends_with_the_weights_of_one_that_never
     tiny_rl.run(whole, **LONG, **settings)
     draws = random.Random(5)
 
-    for update in (3, 9, 16):
+    for update in KILLED_AFTER:
         process = start(killed, LONG | settings)
         wait_for_update(process, update)
         time.sleep(draws.uniform(0, 0.1))  # anywhere in the next updates
@@ -178,7 +189,7 @@ def test_a_run_killed_at_random_instants_ends_with_the_weights_of_one_that_never
     assert tiny_rl.hash_policy(killed) == tiny_rl.hash_policy(whole)
     assert tiny_rl.hash_policy(killed, "policy") == tiny_rl.hash_policy(whole, "policy")
     assert [line for check in check_ledger(killed / "out/ledger") for line in check.violations] == []
-    assert sum(event.kind == "resumed" for event in read_ledger(killed / "out/ledger").events) == 3
+    assert sum(event.kind == "resumed" for event in read_ledger(killed / "out/ledger").events) == len(KILLED_AFTER)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

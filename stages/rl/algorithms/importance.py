@@ -23,7 +23,9 @@ from torch import Tensor
 from stages.common.metrics import Mean
 from stages.rl.tensors import require_shape
 
-CorrectionKind = Literal["none", "token_tis", "sequence_tis"]
+WeightKind = Literal["none", "token_tis", "sequence_tis"]
+CorrectionKind = Literal["none", "token_tis", "sequence_tis", "decoupled"]
+"""decoupled is for objectives with a clip range; see policy_gradient.py."""
 
 LARGEST_BOUND = 1e6
 """Truncates nothing in practice, and is far from overflow."""
@@ -51,10 +53,13 @@ def compute_importance_weights(
         max_weight: upper bound of a weight, from 1 to `LARGEST_BOUND`.
 
     Raises:
-        ValueError: a shape differs, or `max_weight` is out of its range.
+        ValueError: a shape differs, `max_weight` is out of its range, or the kind is decoupled, no weight
+            by itself.
     """
     require_shape("sampling_logprobs", sampling_logprobs, logprobs.shape)
     require_shape("completion_mask", completion_mask, logprobs.shape)
+    if kind == "decoupled":
+        raise ValueError("correction kind 'decoupled' needs a clip range; allowed: none, token_tis, sequence_tis")
     if not 1 <= max_weight <= LARGEST_BOUND:
         raise ValueError(f"max_weight={max_weight}: allowed: from 1 to {LARGEST_BOUND:g}")
     log_ratios = _compute_log_ratios(logprobs.detach(), sampling_logprobs.detach(), completion_mask, kind)
@@ -69,7 +74,7 @@ def compute_importance_weights(
 
 
 def _compute_log_ratios(
-    logprobs: Tensor, sampling_logprobs: Tensor, completion_mask: Tensor, kind: CorrectionKind
+    logprobs: Tensor, sampling_logprobs: Tensor, completion_mask: Tensor, kind: WeightKind
 ) -> Tensor:
     if kind == "none":
         return torch.zeros_like(logprobs)

@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from stages.common.metrics import Mean
-from stages.rl.records import LossInputs, Rollout, Unit
+from stages.rl.algorithms.advantages import rows_by_group
+from stages.rl.algorithms.protocol import Algorithm
+from stages.rl.records import LossInputs, Predictions, Rollout, Totals, Unit
 from stages.rl.tensors import require_shape
 
 
-@dataclass(frozen=True)
-class OnlineDpo:
+@dataclass(frozen=True, kw_only=True)
+class OnlineDpo(Algorithm):
     """Preference pairs from the policy's own samples."""
 
     samples_per_prompt: int
@@ -32,34 +34,33 @@ class OnlineDpo:
     beta: float
     """Strength of the pull towards the reference."""
     loss: Literal["sigmoid", "ipo"]
-    with_greedy: bool = False
-    needs_reference: bool = True
-    needs_proximal: bool = False
-    needs_value_model: bool = False
 
     @property
     def num_samples(self) -> int:
         """K, completions sampled for each prompt."""
         return self.samples_per_prompt
 
+    @property
+    def needs_reference(self) -> bool:
+        """Both losses read it."""
+        return True
+
     def select(self, rollout: Rollout) -> tuple[list[Unit], dict[str, Mean]]:
         """Best and worst of each prompt; prompts without a difference are left out."""
-        num_prompts = int(rollout.groups.max()) + 1
-        members: list[list[int]] = [[] for _ in range(num_prompts)]
-        for row, group in enumerate(rollout.groups.tolist()):
-            members[group].append(row)
-        found = [find_pair(rollout, rows) for rows in members]
-        units = [Unit(pair) for pair in found if pair is not None]
-        margins = [float(rollout.scores[unit.rows[0]] - rollout.scores[unit.rows[1]]) for unit in units]
-        return units, {
-            "online_dpo/tied_prompts": Mean(num_prompts - len(units), num_prompts),
+        members = rows_by_group(rollout)
+        pairs = [pair for rows in members if (pair := find_pair(rollout, rows)) is not None]
+        margins = [float(rollout.scores[best] - rollout.scores[worst]) for best, worst in pairs]
+        return [Unit(pair) for pair in pairs], {
+            "online_dpo/tied_prompts": Mean(len(members) - len(pairs), len(members)),
             "online_dpo/score_margin": Mean(sum(margins), len(margins)),
         }
 
-    def compute_loss(self, logprobs: Tensor, inputs: LossInputs, *, num_units: int) -> tuple[Tensor, dict[str, Mean]]:
+    def compute_loss(
+        self, predictions: Predictions, inputs: LossInputs, totals: Totals
+    ) -> tuple[Tensor, dict[str, Mean]]:
         """See `Algorithm.compute_loss`; the unit is a pair."""
-        delta = compute_delta(logprobs, inputs.reference_logprobs, inputs.completion_mask)  # [P]
-        loss = compute_loss(delta, beta=self.beta, loss=self.loss, num_pairs=num_units)
+        delta = compute_delta(predictions.logprobs, inputs.reference_logprobs, inputs.completion_mask)  # [P]
+        loss = compute_loss(delta, beta=self.beta, loss=self.loss, num_pairs=totals.num_units)
         return loss, {
             "online_dpo/delta": Mean(delta.detach().sum(), len(delta)),
             "online_dpo/accuracy": Mean((delta > 0).sum(), len(delta)),

@@ -10,73 +10,65 @@ The term of token t is multiplied by a truncated importance weight w_it (importa
 have sampled it. The weight is on the whole advantage, KL cost included: that cost, too, is an average over samples,
 of the learner's log-ratios. Samples of the learner itself have w_it = 1 but for rounding, which leaves the paper's
 unbiased g. From stale samples only an untruncated sequence_tis has the same expectation. An older policy's greedy
-completion adds no bias, since it does not depend on the sample.
-Dividing by sampled tokens instead of N (as the authors' code does) would be biased.
-Shapes: B completions, T completion tokens, right-padded.
+completion adds no bias, since it does not depend on the sample; nor does one that is cut short (appendix F.3).
+A prompt without a greedy score gives nothing to train on, and is counted.
+Dividing by sampled tokens instead of N (as the authors' code does) would be biased; `normaliser` allows it.
+Shapes: N sampled completions of B in a rollout.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from stages.common.metrics import Mean
-from stages.rl.algorithms.importance import Correction, compute_importance_weights
+from stages.rl.algorithms.advantages import rows_by_group
 from stages.rl.algorithms.kl import KlMode, kl_cost
+from stages.rl.algorithms.policy_gradient import PolicyGradient
 from stages.rl.records import LossInputs, Rollout, Unit
 from stages.rl.tensors import require_shape
 
 
-@dataclass(frozen=True)
-class Remax:
+@dataclass(frozen=True, kw_only=True)
+class Remax(PolicyGradient):
     """Sampled minus greedy; nothing to learn besides the policy."""
 
-    samples_per_prompt: int
-    """Samples that share one greedy baseline; 1 in the paper."""
-    kl_coef: float
-    """Reward lost per nat of KL to the reference."""
     kl_mode: KlMode
     """Which tokens pay for a token's KL; see `kl_cost`."""
-    correction: Correction
-    """Importance weights of the samples of older policies."""
-    with_greedy: bool = True
-    needs_proximal: bool = False
-    needs_value_model: bool = False
+    greedy_max_tokens: int | None = None
+    """Where the greedy completion is cut; None: where the samples are."""
 
     @property
-    def num_samples(self) -> int:
-        """K, completions sampled for each prompt."""
-        return self.samples_per_prompt
-
-    @property
-    def needs_reference(self) -> bool:
-        """Only the KL cost reads the reference."""
-        return self.kl_mode != "none"
+    def with_greedy(self) -> bool:
+        """The baseline."""
+        return True
 
     def select(self, rollout: Rollout) -> tuple[list[Unit], dict[str, Mean]]:
         """Every sampled completion, weighted by its score above the greedy one of its prompt."""
-        rows = torch.nonzero(~rollout.is_greedy).squeeze(1)  # [N]
-        greedy_of_group = {int(rollout.groups[row]): row for row in torch.nonzero(rollout.is_greedy).squeeze(1)}
-        greedy_rows = torch.stack([greedy_of_group[int(rollout.groups[row])] for row in rows])  # [N]
-        scores, greedy_scores = rollout.scores[rows], rollout.scores[greedy_rows]
-        advantages = compute_advantages(scores, greedy_scores)
-        metrics = {
-            "remax/greedy_score": Mean(greedy_scores.sum(), len(rows)),
-            "remax/sample_beats_greedy": Mean((advantages > 0).sum(), len(rows)),
-            "remax/advantage_variance": Mean(advantages.var(correction=0), 1),
-            "remax/score_variance": Mean(scores.var(correction=0), 1),
-        }
-        pairs = zip(rows.tolist(), advantages.tolist(), strict=True)
-        return [Unit((row,), (advantage,)) for row, advantage in pairs], metrics
+        greedy_score = _find_greedy_scores(rollout)
+        groups = [rows for number, rows in enumerate(rows_by_group(rollout)) if number in greedy_score]
+        num_groups = len(rows_by_group(rollout))
+        rows = [row for members in groups for row in members]
+        if not rows:
+            return [], _describe(rollout.scores[:0], rollout.scores[:0], len(groups), num_groups)
+        baselines = rollout.scores.new_tensor([greedy_score[int(rollout.groups[row])] for row in rows])  # [N]
+        scores = rollout.scores[rows]
+        advantages = compute_advantages(scores, baselines)
+        metrics = _describe(scores, baselines, len(groups), num_groups)
+        return [Unit((row,), (value,)) for row, value in zip(rows, advantages.tolist(), strict=True)], metrics
 
-    def compute_loss(self, logprobs: Tensor, inputs: LossInputs, *, num_units: int) -> tuple[Tensor, dict[str, Mean]]:
-        """See `Algorithm.compute_loss`; the unit is a completion."""
-        mask = inputs.completion_mask
-        cost = kl_cost(logprobs, inputs.reference_logprobs, mask, self.kl_mode)  # [B, T]
-        advantages = inputs.advantages - self.kl_coef * cost
-        weights, metrics = compute_importance_weights(logprobs, inputs.sampling_logprobs, mask, **self.correction)
-        loss, loss_metrics = compute_loss(logprobs, advantages, weights, mask, num_completions=num_units)
-        return loss, metrics | loss_metrics
+    def find_trouble(self, metrics: Mapping[str, Mean]) -> str | None:
+        """Where the policy prefers what it samples rarely, the greedy score may add noise instead of removing it."""
+        with_it, without = metrics["remax/advantage_variance"].value, metrics["remax/score_variance"].value
+        if not with_it > without:
+            return None
+        return f"the greedy baseline adds noise: advantages vary by {with_it:.3g}, scores alone by {without:.3g}"
+
+    def charge_kl(self, logprobs: Tensor, inputs: LossInputs) -> Tensor:
+        """By the learner's newest log-probabilities: the KL that is to be lowered is the learner's."""
+        mask, mode = inputs.completion_mask, self.kl_mode
+        return self.kl_coef * kl_cost(logprobs, inputs.reference_logprobs, mask, mode, self.kl_estimator)
 
 
 def compute_advantages(scores: Tensor, greedy_scores: Tensor) -> Tensor:
@@ -85,22 +77,20 @@ def compute_advantages(scores: Tensor, greedy_scores: Tensor) -> Tensor:
     return scores - greedy_scores
 
 
-def compute_loss(
-    logprobs: Tensor, advantages: Tensor, weights: Tensor, completion_mask: Tensor, *, num_completions: int
-) -> tuple[Tensor, dict[str, Mean]]:
-    """REINFORCE: −1/N Σ_i Σ_t log π(a_it) · w_it · advantage_it.
+def _find_greedy_scores(rollout: Rollout) -> dict[int, float]:
+    """Score of the greedy completion of each prompt that has one."""
+    rows = zip(rollout.groups.tolist(), rollout.is_greedy.tolist(), rollout.scores.tolist(), strict=True)
+    return {group: score for group, is_greedy, score in rows if is_greedy and math.isfinite(score)}
 
-    Args:
-        logprobs: the learner's, in nats, with gradient. [B, T]
-        advantages: of each token; no gradient flows through them. [B, T]
-        weights: of each token, 1 where the learner itself sampled; no gradient flows through them. [B, T]
-        completion_mask: True on tokens the policy sampled, EOS included. [B, T]
-        num_completions: N, sampled completions in the whole batch over all ranks.
-    """
-    require_shape("advantages", advantages, logprobs.shape)
-    require_shape("weights", weights, logprobs.shape)
-    require_shape("completion_mask", completion_mask, logprobs.shape)
-    per_token = -logprobs * weights.detach() * advantages.detach()  # [B, T]
-    loss = torch.where(completion_mask, per_token, 0.0).sum() / num_completions
-    kept = torch.where(completion_mask, advantages.detach(), 0.0)
-    return loss, {"learner/advantage": Mean(kept.sum(), completion_mask.sum())}
+
+def _describe(scores: Tensor, baselines: Tensor, num_groups: int, num_all_groups: int) -> dict[str, Mean]:
+    """Whether the baseline helps: where it does, advantages vary less than scores."""
+    advantages = scores - baselines
+    has_any = min(1, len(scores))
+    return {
+        "remax/greedy_score": Mean(baselines.sum(), len(scores)),
+        "remax/sample_beats_greedy": Mean((advantages > 0).sum(), len(scores)),
+        "remax/advantage_variance": Mean(advantages.var(correction=0) if has_any else 0.0, has_any),
+        "remax/score_variance": Mean(scores.var(correction=0) if has_any else 0.0, has_any),
+        "remax/dropped_prompts": Mean(num_all_groups - num_groups, num_all_groups),
+    }

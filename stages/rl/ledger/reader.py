@@ -16,7 +16,7 @@ from stages.generation.protocol import Group
 from stages.rl.ledger.schema import SCHEMAS, TABLES, Event, EventKind, GroupKey, LedgerHeader, Table, TrainedRow
 from stages.rl.ledger.segments import HEADER, ROLLED_BACK, Chunk, count_rows, list_chunks
 
-_LOGPROBS = ("reference_logprobs", "proximal_logprobs")
+_LOGPROBS = ("reference_logprobs", "proximal_logprobs", "values")
 _FACTS = ("ticket", "attempt", "sample_index", "is_greedy", "prompt_id", "replica")
 
 

@@ -8,7 +8,7 @@ import pyarrow
 
 from stages.common.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 
 Table = Literal["samples", "updates", "events"]
 TABLES: tuple[Table, ...] = ("samples", "updates", "events")
@@ -103,6 +103,8 @@ class TrainedRow:
     """In nats, one per completion token; None if the algorithm needs none."""
     proximal_logprobs: tuple[float, ...] | None = None
     """The same of the proximal policy; None unless the objective needs them."""
+    values: tuple[float, ...] | None = None
+    """The value model's before it trained on the mini-batch, one per completion token; None without one."""
 
     @property
     def key(self) -> GroupKey:
@@ -163,6 +165,7 @@ SCHEMAS: dict[Table, Any] = {
             ("advantage", pyarrow.float64()),
             ("reference_logprobs", _LOGPROBS),
             ("proximal_logprobs", _LOGPROBS),
+            ("values", _LOGPROBS),
         ]
     ),
     "events": pyarrow.schema(

@@ -82,17 +82,28 @@ def test_the_projects_own_params_are_valid_and_every_section_has_a_class() -> No
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "changes", "message"),
     [
-        ({"kl_coef": 0.0}, "rl.algorithm.kl_coef=0.0 with rl.algorithm.kl_mode='full_step'"),
-        ({"kl_mode": "none"}, "rl.algorithm.kl_coef=0.05 with rl.algorithm.kl_mode='none'"),
-        ({"samples_per_prompt": 0}, "rl.algorithm.samples_per_prompt=0: input should be greater than 0"),
-        ({"beta": 0.1}, "rl.algorithm.beta: unknown setting"),
+        ("remx", {}, "rl.algorithm.name='remx': allowed: 'online_dpo', 'ppo', 'rloo', 'proximal_rloo', 'copg', "),
+        ("remax", {"kl_coef": 0.0}, "rl.algorithm.kl_coef=0.0 with rl.algorithm.kl_mode='full_step'"),
+        ("remax", {"kl_mode": "none"}, "rl.algorithm.kl_coef=0.05 with rl.algorithm.kl_mode='none'"),
+        ("remax", {"samples_per_prompt": 0}, "rl.algorithm.samples_per_prompt=0: input should be greater than 0"),
+        ("remax", {"beta": 0.1}, "rl.algorithm.beta: unknown setting"),
+        ("remax", {"correction": {"kind": "decoupled"}}, "allowed here: 'none', 'token_tis', 'sequence_tis'"),
+        ("remax", {"kl_loss_estimator": "k1"}, "rl.algorithm.kl_loss_estimator='k1' has no gradient in expectation"),
+        ("rloo", {"samples_per_prompt": 1}, "rl.algorithm.samples_per_prompt=1: input should be greater than or"),
+        ("grpo", {"kl_coef": 0.1}, "rl.algorithm.kl_coef=0.1: "),
+        ("grpo", {"normaliser": {"by": "per_token", "tokens": 48}}, "normaliser.tokens=48"),
+        ("ppo", {"correction": {"kind": "token_tis"}}, "allowed here: 'none', 'decoupled'"),
+        ("proximal_rloo", {"normaliser": {"by": "per_token"}}, "leave normaliser out"),
+        ("reinforce_pp", {"samples_per_prompt": 1, "baseline": "group_mean"}, "leaves no reward"),
     ],
 )
-def test_impossible_remax_settings_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_impossible_settings_of_an_algorithm_are_refused(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
     params = read_params()
-    params["rl"]["algorithm"] = {"name": "remax"} | changes
+    params["rl"]["algorithm"] = {"name": name} | changes
     path = tmp_path / "params.yaml"
     YAML().dump(params, path)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from stages.data.text import TokenSequence
 from stages.judge import measure
+from stages.learner import logprobs
 from tests.tiny import tiny_llama
 
 SEQUENCES = [
@@ -66,11 +67,11 @@ def test_chunking_changes_no_kl_and_none_is_negative(seed: int, rows: int, chunk
     p, log_p = torch.softmax(hidden @ weight.T, -1), torch.log_softmax(hidden @ weight.T, -1)
     expected = (p * (log_p - torch.log_softmax(other @ other_weight.T, -1))).sum(-1)
 
-    saved, measure.CHUNK = measure.CHUNK, chunk
+    saved, logprobs.CHUNK = logprobs.CHUNK, chunk
     try:
-        actual = measure.compute_kl(hidden, weight, other, other_weight, 1.0)
+        actual = logprobs.compute_kl(hidden, weight, other, other_weight, 1.0)
     finally:
-        measure.CHUNK = saved
+        logprobs.CHUNK = saved
 
     torch.testing.assert_close(actual, expected.clamp(min=0), atol=1e-5, rtol=1e-4)
     assert actual.ge(0).all()
@@ -80,7 +81,7 @@ def test_kl_of_two_known_distributions() -> None:
     # p = (1/2, 1/2), q = (3/4, 1/4): 1/2 ln(2/3) + 1/2 ln 2 = 1/2 ln(4/3) = 0.143841
     uniform, skewed = torch.zeros(2, 1), torch.tensor([[3.0], [1.0]]).log()
 
-    kl = measure.compute_kl(torch.ones(1, 1), uniform, torch.ones(1, 1), skewed, temperature=1.0)
+    kl = logprobs.compute_kl(torch.ones(1, 1), uniform, torch.ones(1, 1), skewed, temperature=1.0)
 
     torch.testing.assert_close(kl, torch.tensor([0.143841]), atol=1e-6, rtol=0)
 
@@ -94,7 +95,7 @@ def test_models_over_different_sequences_are_refused() -> None:
 
 def test_models_with_different_vocabularies_are_refused() -> None:
     with pytest.raises(ValueError, match=r"differ in \(positions, vocabulary\): \(2, 5\) and \(2, 4\)"):
-        measure.compute_kl(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 3), torch.zeros(4, 3), 1.0)
+        logprobs.compute_kl(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 3), torch.zeros(4, 3), 1.0)
 
 
 def test_rounding_never_makes_a_kl_negative() -> None:
@@ -102,4 +103,4 @@ def test_rounding_never_makes_a_kl_negative() -> None:
     hidden, weight = torch.randn(64, 8, generator=g), torch.randn(4096, 8, generator=g)
     almost = hidden * (1 + 1e-7 * torch.randn(hidden.shape, generator=g))
 
-    assert measure.compute_kl(hidden, weight, almost, weight, temperature=1.0).ge(0).all()
+    assert logprobs.compute_kl(hidden, weight, almost, weight, temperature=1.0).ge(0).all()

@@ -2,7 +2,8 @@ import pytest
 from pydantic import ValidationError
 
 from stages.learner.config import LearnerConfig
-from stages.rl.config import OnlineDpoConfig, RlConfig
+from stages.rl.algorithm_config import OnlineDpoConfig
+from stages.rl.config import RlConfig
 from stages.rl.staleness import StalenessRule
 
 

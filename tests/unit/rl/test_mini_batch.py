@@ -20,11 +20,13 @@ SCORES = [0.0, 3.0, 1.0, 5.0, 5.0, 5.0]
 """Of two prompts with three samples each; the second has nothing to learn from."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WithProximal(OnlineDpo):
     """An algorithm that asks for proximal log-probabilities."""
 
-    needs_proximal: bool = True
+    @property
+    def needs_proximal(self) -> bool:
+        return True
 
 
 def make_sampled(number: int) -> Sampled:

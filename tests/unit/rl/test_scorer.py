@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from stages.common.errors import SettingError
@@ -19,3 +21,13 @@ def test_only_unfinished_completions_lose_their_score() -> None:
     completions = [make_completion("a", finished=True), make_completion("b", finished=False)]
 
     assert score_completions(FakeScorer([7.0, 8.0]), completions, missing_eos_score=-2.0) == [7.0, -2.0]
+
+
+def test_a_greedy_completion_that_was_cut_on_purpose_keeps_its_score() -> None:
+    cut = replace(make_completion("x", finished=False, token_ids=(5, 6, 7)), is_greedy=True)
+    sampled = replace(cut, is_greedy=False)
+    shorter = replace(cut, token_ids=(5, 6))
+
+    scores = score_completions(FakeScorer([1.0, 2.0, 3.0]), [cut, sampled, shorter], -9.0, greedy_max_tokens=3)
+
+    assert scores == [1.0, -9.0, -9.0]

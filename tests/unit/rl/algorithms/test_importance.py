@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from stages.common.metrics import merge_means
+from stages.rl.algorithm_config import CorrectionConfig
 from stages.rl.algorithms.importance import CorrectionKind, compute_importance_weights
-from stages.rl.config import CorrectionConfig
 
 KINDS = st.sampled_from(["none", "token_tis", "sequence_tis"])
 BOUNDS = st.floats(1, 1e6)

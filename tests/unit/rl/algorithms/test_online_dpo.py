@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from stages.rl.algorithms import online_dpo
 from stages.rl.algorithms.online_dpo import OnlineDpo
-from stages.rl.records import LossInputs, Rollout
+from stages.rl.records import LossInputs, Predictions, Rollout, Totals
 from tests.unit.rl.algorithms.toy import enumerate_completions, toy_logprobs
 
 SIGMOID = OnlineDpo(samples_per_prompt=2, beta=0.1, loss="sigmoid")
@@ -15,7 +15,7 @@ SIGMOID = OnlineDpo(samples_per_prompt=2, beta=0.1, loss="sigmoid")
 
 def make_inputs(reference: torch.Tensor, mask: torch.Tensor) -> LossInputs:
     zeros = torch.zeros(mask.shape)
-    return LossInputs(mask, advantages=zeros, sampling_logprobs=zeros, reference_logprobs=reference)
+    return LossInputs(mask, torch.zeros(len(mask)), zeros, zeros, reference_logprobs=reference)
 
 
 def test_losses_match_hand_computation() -> None:
@@ -60,7 +60,8 @@ def test_expected_gradient_over_all_pairs_is_that_of_the_enumerated_objective() 
             (unit,), _ = SIGMOID.select(rollout)
             rows = [(first, second)[row] for row in unit.rows]
             inputs = make_inputs(reference[rows], completions.mask[rows])
-            loss, _ = SIGMOID.compute_loss(toy_logprobs(table, completions)[rows], inputs, num_units=1)
+            predictions = Predictions(toy_logprobs(table, completions)[rows])
+            loss, _ = SIGMOID.compute_loss(predictions, inputs, Totals(1, 0))
             gradient += weight * torch.autograd.grad(loss, table)[0]
 
     torch.testing.assert_close(gradient, torch.autograd.grad(objective, table)[0], atol=1e-10, rtol=1e-6)
@@ -101,7 +102,7 @@ def test_micro_batches_add_up_to_the_batch(seed: int, cut: int) -> None:
     g = torch.Generator().manual_seed(seed)
     logprobs, reference, mask = torch.randn(6, 4, generator=g), torch.randn(6, 4, generator=g), torch.ones(6, 4) > 0
     shares = [
-        SIGMOID.compute_loss(logprobs[rows], make_inputs(reference[rows], mask[rows]), num_units=3)[0]
+        SIGMOID.compute_loss(Predictions(logprobs[rows]), make_inputs(reference[rows], mask[rows]), Totals(3, 0))[0]
         for rows in (slice(None), slice(0, 2 * cut), slice(2 * cut, None))
     ]
     torch.testing.assert_close(shares[1] + shares[2], shares[0])
