@@ -45,6 +45,7 @@ def test_one_step_kl_holds_the_states_fixed() -> None:
 
     assert one_step.tolist() == [[0.5, -1.0, 0.0]]
     assert full_step.tolist() == [[-0.5, -1.0, 0.0]]
+    assert not kl_cost(logprobs.requires_grad_(), reference, mask, "full_step").requires_grad
 
 
 def test_every_sample_is_measured_against_the_greedy_one_of_its_own_prompt() -> None:
