@@ -55,10 +55,25 @@ class RemaxConfig(Section):
         return self
 
 
+class DpoConfig(Section):
+    """Offline DPO (arXiv:2305.18290): the labelled pairs themselves, without generator and reward model.
+
+    What section `rl` says of sampling has then no effect; prompts_per_update counts pairs. See docs/algorithms/dpo.md.
+    """
+
+    name: Literal["dpo"]
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the SFT model; larger stays closer."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: DPO's. ipo: squared distance to 1/(2 beta)."""
+    samples_per_prompt: PositiveInt | None = None
+    """Has no effect; taken so that `name` alone turns online DPO into offline DPO and back."""
+
+
 class RlConfig(Section):
     """Reinforcement learning against the reward model. Counts are per optimizer update, over all ranks."""
 
-    algorithm: Annotated[OnlineDpoConfig | RemaxConfig, Field(discriminator="name")]
+    algorithm: Annotated[OnlineDpoConfig | RemaxConfig | DpoConfig, Field(discriminator="name")]
     learner: LearnerConfig
     num_updates: PositiveInt
     """Optimizer updates of the whole run."""
@@ -106,6 +121,11 @@ class RlConfig(Section):
     """Order of the prompts and all sampling."""
 
     @property
+    def is_offline(self) -> bool:
+        """Whether the run samples nothing."""
+        return isinstance(self.algorithm, DpoConfig)
+
+    @property
     def rule(self) -> StalenessRule:
         """The bound and the shape of a rollout."""
         return StalenessRule(
@@ -114,7 +134,9 @@ class RlConfig(Section):
 
     @model_validator(mode="after")
     def check_rollouts(self) -> Self:
-        """The bound must be reachable and the run a whole number of rollouts."""
+        """The bound must be reachable and the run a whole number of rollouts; an offline run has neither."""
+        if self.is_offline:
+            return self
         shape = (
             f"rl.updates_per_rollout={self.updates_per_rollout} x rl.epochs_per_rollout={self.epochs_per_rollout} = "
             f"{self.rule.cycle} updates a rollout"
@@ -128,4 +150,14 @@ class RlConfig(Section):
             )
         if self.num_updates % self.rule.cycle:
             raise ValueError(f"rl.num_updates={self.num_updates} is not a multiple of {shape}")
+        return self
+
+    @model_validator(mode="after")
+    def check_replay(self) -> Self:
+        """A ledger holds samples, which an offline run does not train on."""
+        if self.is_offline and self.replay_from is not None:
+            raise ValueError(
+                f"rl.replay_from={self.replay_from!r} with rl.algorithm.name='dpo': offline DPO trains on "
+                "artifacts/pairs, not on recorded samples; set rl.replay_from to null"
+            )
         return self
