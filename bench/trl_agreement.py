@@ -100,7 +100,7 @@ def encode_chat(tokenizer: Any, prompt: str, completion: str) -> Any:
 def draw_pairs(tokenizer: Any, rng: random.Random) -> list[Any]:
     """Pairs of different lengths; the last rejected completion is unfinished: it lacks its EOS."""
     from stages.data.text import TokenSequence
-    from stages.reward.train import PairExample
+    from stages.data.token_pairs import PairExample
 
     pairs = []
     for number in range(NUM_EXAMPLES):
@@ -178,7 +178,7 @@ def record_reward(model_path: Path, pairs: list[Any], seed: int) -> tuple[dict[s
 def drop_eos(pair: Any, eos: int) -> Any:
     """The pair as a pooling sees it that takes a final EOS for padding."""
     from stages.data.text import TokenSequence
-    from stages.reward.train import PairExample
+    from stages.data.token_pairs import PairExample
 
     def drop(item: Any) -> Any:
         ends = item.completion_ids[-1] == eos

@@ -18,8 +18,8 @@ def main() -> None:
     from stages.common.tracking import track_stage
     from stages.common.workdir import open_workdir
     from stages.data.completion_store import write_completions
+    from stages.data.token_pairs import write_token_pairs
     from stages.reward.label import label_splits
-    from stages.reward.pairs import write_token_pairs
     from stages.scoring.start import start_scorer
 
     sft = Path("artifacts/sft")

@@ -72,6 +72,15 @@ def _judge_rows(judge: dict[str, Any]) -> Rows:
 def _policy_rows(policy: dict[str, Any]) -> Rows:
     if not policy:
         return []
+    if "num_pairs" in policy:  # an offline run
+        return [
+            (
+                "loss on validation pairs, first → last update",
+                _pair(policy, "validation_loss_first", "validation_loss_last"),
+            ),
+            ("validation pairs ranked as labelled", _number(policy.get("validation_accuracy"))),
+            ("updates / training pairs", f"{_count(policy.get('updates'))} / {_count(policy.get('num_pairs'))}"),
+        ]
     return [
         ("reward model's score, first → last update", _pair(policy, "score_first", "score_last")),
         ("updates / completions", f"{_count(policy.get('updates'))} / {_count(policy.get('samples_total'))}"),

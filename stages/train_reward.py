@@ -15,8 +15,8 @@ def main() -> None:
     from stages.common.tracking import track_stage
     from stages.common.workdir import open_workdir
     from stages.data.completion_store import read_completions
+    from stages.data.token_pairs import read_token_pairs
     from stages.reward.evaluate import calibration_table, measure_accuracy
-    from stages.reward.pairs import read_token_pairs
     from stages.reward.train import RewardData, train_reward_model
 
     pairs = Path("artifacts/pairs")

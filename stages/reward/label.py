@@ -11,13 +11,14 @@ from stages.common.errors import SettingError
 from stages.data.records import Completion, Pair, Split
 from stages.data.store import read_pairs, read_prompts
 from stages.data.text import decode_completion, encode_completion, encode_prompt
+from stages.data.token_pairs import TokenPair
 from stages.generation.config import GenerationConfig
 from stages.generation.protocol import Generator, Request, SamplingPlan, generate
 from stages.generation.requests import make_requests
 from stages.generation.start import GeneratorSettings, start_generator
 from stages.models.load import load_tokenizer
 from stages.reward.config import PairsConfig
-from stages.reward.pairs import TokenPair, select_pairs
+from stages.reward.pairs import select_pairs
 from stages.scoring.protocol import Scorer
 
 logger = logging.getLogger(__name__)

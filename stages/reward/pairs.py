@@ -4,45 +4,11 @@ This is the controlled setup of Asynchronous RLHF (Noukhovitch et al. 2024, arXi
 2022 (arXiv:2210.10760): a gold scorer stands for people, the learned reward model sees only its labels.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
-from stages.common.errors import InputError
 from stages.data.records import Completion
-
-SCHEMA = pyarrow.schema(
-    [
-        ("prompt_id", pyarrow.string()),
-        ("prompt_ids", pyarrow.list_(pyarrow.int32())),
-        ("chosen_ids", pyarrow.list_(pyarrow.int32())),
-        ("rejected_ids", pyarrow.list_(pyarrow.int32())),
-        ("chosen_text", pyarrow.string()),
-        ("rejected_text", pyarrow.string()),
-        ("chosen_score", pyarrow.float64()),
-        ("rejected_score", pyarrow.float64()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class TokenPair:
-    """Two completions of one prompt as token ids, the chosen one preferred."""
-
-    prompt_id: str
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
-    chosen_text: str
-    rejected_text: str
-    chosen_score: float | None = None
-    """Gold score; None where a person decided."""
-    rejected_score: float | None = None
+from stages.data.token_pairs import TokenPair
 
 
 def select_pairs(
@@ -95,23 +61,3 @@ def _pair(better: Scored, worse: Scored) -> TokenPair:
         chosen_score=chosen_score,
         rejected_score=rejected_score,
     )
-
-
-def write_token_pairs(path: Path, pairs: Iterable[TokenPair]) -> None:
-    """Write pairs as a parquet file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([asdict(pair) for pair in pairs], schema=SCHEMA), path)
-
-
-def read_token_pairs(path: Path) -> list[TokenPair]:
-    """Pairs in the order they were written.
-
-    Raises:
-        InputError: the file is missing or is not such a table.
-    """
-    try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).select(SCHEMA.names).to_pylist()
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: not a readable pairs file: {error}") from error
-    ids = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [TokenPair(**{**row, **{name: tuple(row[name]) for name in ids}}) for row in rows]

@@ -18,29 +18,17 @@ from stages.common.errors import InputError
 from stages.common.metrics import Mean
 from stages.data.batches import SequenceBatch, collate, split_by_tokens
 from stages.data.records import Completion
-from stages.data.text import LengthReport, TokenSequence, limit_lengths
+from stages.data.text import LengthReport, TokenSequence
+from stages.data.token_pairs import PairExample, TokenPair, encode_pairs
 from stages.learner.engine import Learner, LossFunction, compute_type
 from stages.learner.epochs import Epochs, LogMetrics, train_epochs
 from stages.models.load import load_tokenizer, move, save_model, select_device, select_trainable
 from stages.models.reward_model import RANGE, SHIFT, compute_scores, init_reward_model
 from stages.reward.config import RewardConfig
-from stages.reward.pairs import TokenPair
 
 MAX_CENTRING_SAMPLES = 400
 """SFT samples that scores are centred on, spread evenly over all prompts: the mean is then known to 5 % of the
 scores' standard deviation."""
-
-
-@dataclass(frozen=True)
-class PairExample:
-    """Both sides of a pair as token sequences."""
-
-    prompt_id: str
-    chosen: TokenSequence
-    rejected: TokenSequence
-
-    def __len__(self) -> int:
-        return max(len(self.chosen), len(self.rejected))
 
 
 @dataclass(frozen=True)
@@ -77,8 +65,8 @@ def train_reward_model(
     Raises:
         InputError: no pair is left within `max_tokens`.
     """
-    train, lengths = encode_pairs(data.train, config)
-    validation, _ = encode_pairs(data.validation, config)
+    train, lengths = encode_pairs(data.train, max_tokens=config.max_tokens, too_long=config.too_long)
+    validation, _ = encode_pairs(data.validation, max_tokens=config.max_tokens, too_long=config.too_long)
     if not train or not validation:
         raise InputError(f"artifacts/pairs: no pair fits into reward.max_tokens={config.max_tokens}")
     model = init_reward_model(init_from, torch.float32, config.seed)
@@ -99,25 +87,6 @@ def train_reward_model(
     margins = compute_margins(learner.model, validation, config)
     save_model(move(learner.model, torch.bfloat16), load_tokenizer(init_from), save_to)
     return TrainedReward(margins, [example.prompt_id for example in validation], lengths)
-
-
-def encode_pairs(pairs: Sequence[TokenPair], config: RewardConfig) -> tuple[list[PairExample], LengthReport]:
-    """Pairs within the length limit; the others dropped or truncated and counted."""
-    examples = (
-        PairExample(
-            pair.prompt_id,
-            TokenSequence(pair.prompt_ids, pair.chosen_ids),
-            TokenSequence(pair.prompt_ids, pair.rejected_ids),
-        )
-        for pair in pairs
-    )
-    return limit_lengths(
-        examples,
-        sequences=lambda example: [example.chosen, example.rejected],
-        rebuild=lambda example, parts: PairExample(example.prompt_id, parts[0], parts[1]),
-        max_tokens=config.max_tokens,
-        too_long=config.too_long,
-    )
 
 
 def split_pairs(examples: list[PairExample], max_tokens: int) -> list[SequenceBatch]:

@@ -15,5 +15,7 @@
    keep the best version, `stopping.py` ends a run in order, `timeline.py`, `timeline_figure.py` and `report.py` say
    where the time went. `tensors.py` checks shapes.
 
+Beside all of this: `offline.py` with `pair_batches.py` trains on the labelled pairs (DPO) and samples nothing.
+
 docs/asynchronous_rl.md is the guide for users, docs/ledger.md describes the ledger.
 """

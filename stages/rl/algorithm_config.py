@@ -71,6 +71,19 @@ class OnlineDpoConfig(Section):
     """sigmoid: DPO's. ipo: squared distance to 1/(2 beta)."""
 
 
+class DpoConfig(Section):
+    """Offline DPO (arXiv:2305.18290): the labelled pairs themselves, without generator and reward model.
+
+    What section `rl` says of sampling has then no effect; prompts_per_update counts pairs. See docs/algorithms/dpo.md.
+    """
+
+    name: Literal["dpo"]
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the SFT model; larger stays closer."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: DPO's. ipo: squared distance to 1/(2 beta)."""
+
+
 class CopgConfig(Section):
     """Contrastive policy gradient (arXiv:2406.19185): every sample of a prompt against every other."""
 
@@ -285,6 +298,7 @@ AlgorithmConfig = Annotated[
     | RemaxConfig
     | ReinforceConfig
     | ReinforcePpConfig
-    | GrpoConfig,
+    | GrpoConfig
+    | DpoConfig,
     Field(discriminator="name"),
 ]

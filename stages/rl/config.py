@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from stages.common.config import Section
 from stages.generation.config import FleetConfig
 from stages.learner.config import LearnerConfig
-from stages.rl.algorithm_config import AlgorithmConfig
+from stages.rl.algorithm_config import AlgorithmConfig, DpoConfig
 from stages.rl.staleness import StalenessRule
 
 
@@ -62,6 +62,11 @@ class RlConfig(Section):
     """Order of the prompts and all sampling."""
 
     @property
+    def is_offline(self) -> bool:
+        """Whether the run samples nothing."""
+        return isinstance(self.algorithm, DpoConfig)
+
+    @property
     def rule(self) -> StalenessRule:
         """The bound and the shape of a rollout."""
         return StalenessRule(
@@ -70,7 +75,9 @@ class RlConfig(Section):
 
     @model_validator(mode="after")
     def check_rollouts(self) -> Self:
-        """The bound must be reachable and the run a whole number of rollouts."""
+        """The bound must be reachable and the run a whole number of rollouts; an offline run has neither."""
+        if self.is_offline:
+            return self
         shape = (
             f"rl.updates_per_rollout={self.updates_per_rollout} x rl.epochs_per_rollout={self.epochs_per_rollout} = "
             f"{self.rule.cycle} updates a rollout"
@@ -84,4 +91,14 @@ class RlConfig(Section):
             )
         if self.num_updates % self.rule.cycle:
             raise ValueError(f"rl.num_updates={self.num_updates} is not a multiple of {shape}")
+        return self
+
+    @model_validator(mode="after")
+    def check_replay(self) -> Self:
+        """A ledger holds samples, which an offline run does not train on."""
+        if self.is_offline and self.replay_from is not None:
+            raise ValueError(
+                f"rl.replay_from={self.replay_from!r} with rl.algorithm.name='dpo': offline DPO trains on "
+                "artifacts/pairs, not on recorded samples; set rl.replay_from to null"
+            )
         return self

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from stages.data.text import LengthReport
 from stages.judge.evaluate import evaluate_comparison, select_numbers
+from stages.rl.offline import OfflineResult, PairEvaluation
 from stages.rl.progress import Progress
-from stages.rl.report import summarise
+from stages.rl.report import summarise, summarise_offline
 from stages.rl.timeline import Timeline
 from stages.rl.train import Result
 from stages.rl.validation import Evaluation
 from tests.unit.judge.comparisons import small_comparison
 
 COMPONENTS = (
-    "learner|reward|eval|rollout|time|sft|online_dpo|remax|copg|best_of_n|value|data|judge|perf|pairs|samples|policy|"
+    "learner|reward|eval|rollout|time|sft|online_dpo|remax|copg|best_of_n|value|dpo|data|judge|perf|pairs|samples|policy|"
     "system"
 )
 NAME = re.compile(rf"({COMPONENTS})/[a-z0-9_/{{}}]+")
@@ -103,6 +105,15 @@ def test_every_number_of_the_judge_and_of_the_policy_has_a_row(tmp_path: Path) -
 
     assert sorted(judged) == sorted(row for row in rows if row.startswith("judge/"))
     assert sorted((evaluated | {f"policy/{name}" for name in summarise(result, 1)}) - set(rows)) == []
+
+
+def test_every_number_of_an_offline_policy_has_a_row(tmp_path: Path) -> None:
+    evaluation = PairEvaluation(policy_version=0, loss=0.7, accuracy=0.5, margin=0.0)
+    result = OfflineResult(evaluation, evaluation, evaluation, 8, 4, LengthReport(8, 0, 0))
+
+    names = {f"policy/{name}" for name in summarise_offline(result, Timeline(tmp_path / "timeline.jsonl"), 1)}
+
+    assert sorted(names - set(read_rows())) == []
 
 
 @pytest.mark.parametrize("row", [row for row in read_rows() if row.startswith("metrics/")])

@@ -75,6 +75,25 @@ def test_one_changed_rl_setting_reruns_rl_and_what_follows(copy_of_finished: Pro
     )  # one sample and one greedy
 
 
+def test_the_name_alone_turns_rl_into_offline_dpo(copy_of_finished: Project) -> None:
+    copy_of_finished.edit({"rl.algorithm.name": "dpo"})
+
+    done = copy_of_finished.run("flows.dvc")
+
+    assert ran_stages(done.stdout) == ["train_policy", "sample_policy", "judge_policy"]
+    metrics = json.loads((copy_of_finished.path / "metrics/policy.json").read_text())
+    assert metrics["samples_total"] == 0
+    assert metrics["validation_loss_best"] <= metrics["validation_loss_first"]
+    checked = copy_of_finished.run("stages.rl.ledger", "check", "artifacts/ledger").stdout
+    assert checked == (
+        f"offline: 4 updates of dpo on {metrics['num_pairs']} labelled pairs; the run was offline, nothing was "
+        "sampled: ok\n"
+    )
+    assert "loss on validation pairs" in copy_of_finished.run("stages.report").stdout
+    assert (copy_of_finished.path / "plots/policy.csv").read_text().startswith("step,")
+    assert ran_stages(copy_of_finished.run("flows.dvc").stdout) == []
+
+
 def test_mlflow_has_one_parent_with_a_child_for_every_stage(finished: Project) -> None:
     script = (
         "import mlflow; mlflow.set_tracking_uri('sqlite:///mlflow.db')\n"
@@ -95,7 +114,7 @@ def test_mlflow_has_one_parent_with_a_child_for_every_stage(finished: Project) -
     )
 
     assert done.stdout.splitlines()[:1] == ["1 8 ['FINISHED']"], done.stdout + done.stderr
-    assert done.stdout.splitlines()[1] == "online_dpo 3 True"
+    assert done.stdout.splitlines()[1] == "online_dpo 4 True"  # data, SFT model, pairs, reward model
 
 
 @pytest.mark.parametrize(("stage", "artifact"), [("train_sft", "sft"), ("train_policy", "policy_last")])

@@ -31,6 +31,20 @@ def test_results_are_shown_with_their_intervals(tmp_path: Path) -> None:
     assert "12.0 min" in report  # (90 + 630) / 60
 
 
+def test_an_offline_run_is_shown_by_its_pairs(tmp_path: Path) -> None:
+    write(tmp_path, "policy.json", {
+        "updates": 22, "samples_total": 0, "num_pairs": 1850, "validation_loss_first": 0.693,
+        "validation_loss_last": 0.581, "validation_accuracy": 0.72,
+    })  # fmt: skip
+
+    report = format_report(tmp_path, {})
+
+    assert "0.69 → 0.58" in report
+    assert "22 / 1,850" in report
+    assert "0.72" in report
+    assert "reward model's score" not in report
+
+
 def test_before_the_first_run_it_says_what_to_do(tmp_path: Path) -> None:
     assert "make run" in format_report(tmp_path, {})
 

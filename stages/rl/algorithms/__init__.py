@@ -1,7 +1,8 @@
 """One algorithm a file, each beside its paper; needs torch and nothing else.
 
 `protocol.py` says what an algorithm is, `policy_gradient.py` what most of them share. To add one: a file here, a row
-in `ALGORITHMS`, a settings class in `stages/rl/algorithm_config.py`.
+in `ALGORITHMS`, a settings class in `stages/rl/algorithm_config.py`. `dpo.py` is offline, so it is a loss and no
+`Algorithm`: ../offline.py calls it.
 """
 
 from stages.rl.algorithms.best_of_n import BestOfN

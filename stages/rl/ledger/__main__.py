@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stages.common.entry import EXIT_FAILED, run_entry
 from stages.rl.ledger.checks.run import check_ledger, format_results
+from stages.rl.ledger.offline import read_offline_ledger
 from stages.rl.ledger.reader import read_ledger
 from stages.rl.ledger.summary import summarise_ledger
 
@@ -21,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("path", type=Path, metavar="PATH", help="directory with ledger.json")
     chosen = parser.parse_args(arguments)
     if chosen.command == "summary":
-        sys.stdout.write(summarise_ledger(read_ledger(chosen.path)))
+        offline = read_offline_ledger(chosen.path)
+        sys.stdout.write(f"{offline.describe()}\n" if offline else summarise_ledger(read_ledger(chosen.path)))
         return
     results = check_ledger(chosen.path)
     sys.stdout.write(format_results(results))

@@ -64,10 +64,12 @@ class LedgerHeader:
         """From what `to_json` gave.
 
         Raises:
-            InputError: another format, or keys that are missing or unknown.
+            InputError: another format, an offline run's, or keys that are missing or unknown.
         """
         if data.get("format") != FORMAT:
             raise InputError(f"format is {data.get('format')!r}, only {FORMAT} can be read")
+        if data.get("offline"):
+            raise InputError("is of an offline run: nothing was sampled, so there is nothing to read or to replay")
         wrong = sorted(set(data) ^ {field.name for field in fields(cls)})
         if wrong:
             raise InputError(f"keys are missing or unknown: {', '.join(wrong)}")

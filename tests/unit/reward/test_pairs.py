@@ -1,10 +1,9 @@
-from pathlib import Path
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.data.records import Completion
-from stages.reward.pairs import TokenPair, read_token_pairs, select_pairs, write_token_pairs
+from stages.data.token_pairs import TokenPair
+from stages.reward.pairs import select_pairs
 from tests.fakes import make_completion
 
 
@@ -46,14 +45,3 @@ def test_an_unfinished_completion_never_beats_a_finished_one(samples: list[tuple
         pairs, _ = select_pairs(completions(finished), [float(score) for _, score in samples], select)
         for chosen, rejected in texts(pairs):
             assert state[chosen] > state[rejected]  # finished first, then the score
-
-
-def test_pairs_survive_their_file(tmp_path: Path) -> None:
-    pairs = [
-        TokenPair("p", (1, 2), (3, 258), (4,), "a", "b", 0.5, -0.5),
-        TokenPair("q", (1,), (3,), (4,), "ä", ""),
-    ]
-
-    write_token_pairs(tmp_path / "pairs.parquet", pairs)
-
-    assert read_token_pairs(tmp_path / "pairs.parquet") == pairs

@@ -7,11 +7,11 @@ import torch
 from stages.common.config import load_section
 from stages.data.batches import collate
 from stages.data.text import TokenSequence
+from stages.data.token_pairs import TokenPair, encode_pairs
 from stages.models.reward_model import RANGE, compute_scores, init_reward_model, load_reward_model
 from stages.reward.config import RewardConfig
 from stages.reward.evaluate import calibration_table, measure_accuracy
-from stages.reward.pairs import TokenPair
-from stages.reward.train import bradley_terry_loss, centre_scores, compute_margins, encode_pairs
+from stages.reward.train import bradley_terry_loss, centre_scores, compute_margins
 from tests.fakes import make_completion
 from tests.tiny import save_tiny_model
 
@@ -62,24 +62,13 @@ def test_scores_are_centred_on_sft_samples_and_the_shift_is_saved_with_the_model
 def test_margins_keep_the_order_of_their_pairs(tmp_path: Path) -> None:
     model = init_reward_model(save_tiny_model(tmp_path), torch.float32, seed=0)
     pairs = [TokenPair("p", (1, 2), tuple(range(3, 3 + n)), (9,) * n, "", "") for n in (2, 7, 4, 1)]
-    examples, _ = encode_pairs(pairs, CONFIG)
+    examples, _ = encode_pairs(pairs, max_tokens=CONFIG.max_tokens, too_long=CONFIG.too_long)
     config = CONFIG.model_copy(update={"learner": CONFIG.learner.model_copy(update={"dtype": "fp32"})})
 
     together = compute_margins(model, examples, config)
 
     alone = [compute_margins(model, [example], config)[0] for example in examples]
     assert together == pytest.approx(alone, abs=1e-5)
-
-
-def test_over_long_pairs_are_dropped_or_truncated_and_counted() -> None:
-    pairs = [TokenPair("p", (1,) * 4, (2,) * 3, (3,) * 30, "", ""), TokenPair("q", (1,) * 50, (2,), (3,), "", "")]
-
-    dropped, report = encode_pairs(pairs, CONFIG.model_copy(update={"max_tokens": 20}))
-    assert (dropped, report.num_dropped, report.num_truncated) == ([], 2, 0)
-
-    (kept,), report = encode_pairs(pairs, CONFIG.model_copy(update={"max_tokens": 20, "too_long": "truncate"}))
-    assert (len(kept.chosen), len(kept.rejected)) == (7, 20)
-    assert (report.num_dropped, report.num_truncated) == (1, 1)  # a prompt that fills the limit cannot be kept
 
 
 def test_accuracy_counts_ties_half() -> None:

@@ -1,8 +1,14 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
+from stages.common.config import load_section, read_params
+from stages.common.errors import SettingError
 from stages.learner.config import LearnerConfig
-from stages.rl.algorithm_config import OnlineDpoConfig
+from stages.rl.algorithm_config import DpoConfig, OnlineDpoConfig
 from stages.rl.config import RlConfig
 from stages.rl.staleness import StalenessRule
 
@@ -65,3 +71,49 @@ def test_every_bound_from_synchronous_on_is_allowed(n: int, t: int, max_stalenes
 def test_a_negative_bound_is_refused() -> None:
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
         make(12, 1, 1, -1)
+
+
+def load_edited(folder: Path, **changes: Any) -> RlConfig:
+    params = read_params()
+    params["rl"] |= changes
+    YAML().dump(params, folder / "params.yaml")
+    return load_section("rl", RlConfig, folder / "params.yaml")
+
+
+def test_the_name_alone_turns_the_shipped_settings_into_offline_dpo(tmp_path: Path) -> None:
+    config = load_edited(tmp_path, algorithm=read_params()["rl"]["algorithm"] | {"name": "dpo"})
+
+    assert config.is_offline
+    assert config.algorithm == DpoConfig(name="dpo", beta=0.1, loss="sigmoid")
+    assert not load_section("rl", RlConfig).is_offline
+
+
+def test_an_offline_run_need_not_be_a_whole_number_of_rollouts(tmp_path: Path) -> None:
+    config = load_edited(tmp_path, algorithm={"name": "dpo"}, num_updates=7, updates_per_rollout=2, max_staleness=0)
+
+    assert config.num_updates == 7
+
+
+def test_an_offline_run_cannot_replay_samples(tmp_path: Path) -> None:
+    with pytest.raises(SettingError) as caught:
+        load_edited(tmp_path, algorithm={"name": "dpo"}, replay_from="inputs/ledger/earlier")
+
+    assert str(caught.value) == (
+        "rl.replay_from='inputs/ledger/earlier' with rl.algorithm.name='dpo': offline DPO trains on artifacts/pairs, "
+        "not on recorded samples; set rl.replay_from to null"
+    )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ({"name": "dpo", "beta": 0}, "rl.algorithm.beta=0: input should be greater than 0"),
+        ({"name": "dpo", "loss": "hinge"}, "rl.algorithm.loss='hinge': input should be 'sigmoid' or 'ipo'"),
+        ({"name": "dpo", "label_smoothing": 0.1}, "rl.algorithm.label_smoothing: unknown setting"),
+    ],
+)
+def test_a_wrong_setting_of_dpo_is_named(tmp_path: Path, algorithm: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        load_edited(tmp_path, algorithm=algorithm)
+
+    assert str(caught.value) == message

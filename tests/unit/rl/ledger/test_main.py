@@ -7,6 +7,8 @@ import pytest
 
 from stages.common.errors import InputError
 from stages.rl.ledger.__main__ import main
+from stages.rl.ledger.offline import OfflineHeader, read_offline_ledger, write_offline_ledger
+from stages.rl.ledger.reader import read_ledger
 from stages.rl.ledger.schema import Event
 from stages.rl.ledger.writer import Ledger
 from tests.unit.rl.ledger.recorded_run import make_run
@@ -36,6 +38,38 @@ def test_check_ends_with_1_and_one_line_per_violation(tmp_path: Path, capsys: py
 def test_a_ledger_that_cannot_be_read_is_an_input_error(tmp_path: Path, command: str) -> None:
     with pytest.raises(InputError, match="not a ledger"):
         main([command, str(tmp_path)])
+
+
+OFFLINE = OfflineHeader(
+    algorithm="dpo", num_updates=22, pairs_per_update=16, num_pairs=850, seed=0, pairs_hash="a", model_hash="b"
+)
+OFFLINE_LINE = "22 updates of dpo on 850 labelled pairs; the run was offline, nothing was sampled"
+
+
+@pytest.mark.parametrize(("command", "line"), [("check", f"offline: {OFFLINE_LINE}: ok"), ("summary", OFFLINE_LINE)])
+def test_an_offline_run_s_ledger_is_answered_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, line: str
+) -> None:
+    write_offline_ledger(tmp_path / "ledger", OFFLINE)
+
+    main([command, str(tmp_path / "ledger")])
+
+    assert capsys.readouterr().out == f"{line}\n"
+    assert read_offline_ledger(tmp_path / "ledger") == OFFLINE
+
+
+def test_nothing_can_be_read_or_replayed_from_an_offline_run_s_ledger(tmp_path: Path) -> None:
+    write_offline_ledger(tmp_path, OFFLINE)
+
+    with pytest.raises(InputError, match=r"ledger\.json: is of an offline run: nothing was sampled"):
+        read_ledger(tmp_path)
+
+
+def test_an_offline_ledger_with_other_keys_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text('{"format": 1, "offline": true, "algorithm": "dpo"}')
+
+    with pytest.raises(InputError, match=r"ledger\.json: keys are missing or unknown: model_hash, num_pairs"):
+        main(["check", str(tmp_path)])
 
 
 def test_summary_counts_what_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
