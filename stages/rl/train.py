@@ -43,7 +43,7 @@ from stages.rl.stopping import StopSignals
 from stages.rl.timeline import Timeline
 from stages.rl.training import LogMetrics, Training
 from stages.rl.weights import WeightsPublisher, copy_policy, open_scratch
-from stages.scoring.reward import RewardScorer, read_sft_range
+from stages.scoring.load import load_scorer, read_score_range
 
 logger = logging.getLogger(__name__)
 
@@ -232,8 +232,8 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
     is_local = config.score_on == "learner" and config.replay_from is None
     preparation = Preparation(
         algorithm=setting.algorithm,
-        scorer=RewardScorer(inputs.reward, dtype, max_tokens) if is_local else None,
-        missing_eos_score=resolve_missing_eos_score(config.missing_eos_score, read_sft_range(inputs.reward)),
+        scorer=load_scorer(inputs.reward, dtype, max_tokens) if is_local else None,
+        missing_eos_score=resolve_missing_eos_score(config.missing_eos_score, read_score_range(inputs.reward)),
         reference=Reference(reference_model, dtype, temperature),
         learner=Reference(learner.model, dtype, temperature),
         max_tokens=max_tokens,
