@@ -5,6 +5,7 @@ from stages.common.entry import run_entry
 from stages.common.errors import SettingError
 from stages.common.tracking import TrackingConfig
 from stages.data.config import DataConfig
+from stages.data.scorers import RuleScorer
 from stages.generation.config import GenerationConfig
 from stages.judge.config import JudgeConfig
 from stages.models.config import ModelConfig
@@ -50,6 +51,8 @@ def _check_combinations() -> list[str]:
             f"rl.num_eval_prompts={rl.num_eval_prompts} exceeds "
             f"data.num_validation_prompts={data.num_validation_prompts}"
         )
+    if isinstance(data.task.scorers()[0], RuleScorer):
+        return problems  # no reward model is trained
     longest = generation.max_prompt_tokens + generation.max_new_tokens
     max_tokens = load_section("reward", RewardConfig).max_tokens
     if max_tokens < longest:

@@ -9,7 +9,7 @@ from stages.judge.config import JudgeConfig
 
 
 def main() -> None:
-    """Samples, reward model, prompts -> metrics/judge.json, artifacts/samples.md, plots/judge.csv."""
+    """Samples, reward model or rule, prompts -> metrics/judge.json, artifacts/samples.md, plots/judge.csv."""
     config = load_section("judge", JudgeConfig)
     gold, second = load_section("data", DataConfig).task.scorers()
     from stages.common.publish import write_json, write_text
@@ -17,18 +17,21 @@ def main() -> None:
     from stages.data.store import read_prompts
     from stages.judge.comparison import Scorers, read_comparison
     from stages.judge.evaluate import evaluate_comparison, select_numbers
+    from stages.judge.pass_rate import measure_pass_rates
     from stages.judge.plots import average_by_prompt, draw_scores, draw_win_rates, render_csv
     from stages.judge.samples_page import render_samples
-    from stages.scoring.reward import RewardScorer
+    from stages.scoring.load import load_scorer
+    from stages.scoring.rule import is_rule
     from stages.scoring.start import start_scorer
 
-    sft, page = Path("artifacts/sft"), Path("artifacts/samples.md")
+    sft, data, page = Path("artifacts/sft"), Path("artifacts/data"), Path("artifacts/samples.md")
     with track_stage("judge_policy", config) as tracker:
-        proxy = RewardScorer(Path("artifacts/reward"), config.dtype, config.micro_batch_tokens)
-        scorers = Scorers(start_scorer(gold, sft), start_scorer(second, sft), proxy)
+        proxy = load_scorer(Path("artifacts/reward"), config.dtype, config.micro_batch_tokens)
+        scorers = Scorers(start_scorer(gold, sft, data), start_scorer(second, sft, data), proxy)
         comparison = read_comparison(Path("artifacts/samples"), scorers)
-        metrics = evaluate_comparison(comparison, config.seed)
-        prompts = read_prompts(Path("artifacts/data"), "heldout")
+        pass_rates = measure_pass_rates(comparison, config.seed) if is_rule(data) else {}
+        metrics = evaluate_comparison(comparison, config.seed) | pass_rates
+        prompts = read_prompts(data, "heldout")
         write_text(page, render_samples(comparison, metrics, prompts, config.num_shown))
         write_text(Path("plots/judge.csv"), render_csv(average_by_prompt(comparison)))
         tracker.log_figure("win_rates", draw_win_rates(metrics))

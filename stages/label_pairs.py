@@ -22,16 +22,15 @@ def main() -> None:
     from stages.reward.label import label_splits
     from stages.scoring.start import start_scorer
 
-    sft = Path("artifacts/sft")
+    data_path, sft = Path("artifacts/data"), Path("artifacts/sft")
     gold_config, _ = data.task.scorers()
     with (
         open_workdir("label_pairs") as workdir,
         track_stage("label_pairs", config, resume_dir=workdir.path) as tracker,
         staging_directory(Path("artifacts/pairs")) as staged,
     ):
-        labelled = label_splits(
-            Path("artifacts/data"), sft, start_scorer(gold_config, sft), config, generation, workdir.path
-        )
+        gold = start_scorer(gold_config, sft, data_path)
+        labelled = label_splits(data_path, sft, gold, config, generation, workdir.path)
         for split, result in labelled.items():
             write_token_pairs(staged / f"{split}.parquet", result.pairs)
         train = labelled["train"]

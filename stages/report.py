@@ -24,10 +24,12 @@ def main() -> None:
 
 def format_report(metrics: Path, timings: dict[str, float]) -> str:
     """The whole report, ready to print."""
+    reward = read_metrics(metrics / "reward.json")
+    scorer = "rule" if reward.get("kind") == "rule" else "reward model"
     rows = [
-        *_judge_rows(read_metrics(metrics / "judge.json")),
-        *_policy_rows(read_metrics(metrics / "policy.json")),
-        *_reward_rows(read_metrics(metrics / "reward.json")),
+        *_judge_rows(read_metrics(metrics / "judge.json"), scorer),
+        *_policy_rows(read_metrics(metrics / "policy.json"), scorer),
+        *_reward_rows(reward),
         *_sft_rows(read_metrics(metrics / "sft.json")),
     ]
     parts = [_format_table("Result", rows or [("no stage has finished yet", "run `make run`")])]
@@ -54,14 +56,16 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def _judge_rows(judge: dict[str, Any]) -> Rows:
+def _judge_rows(judge: dict[str, Any], scorer: str) -> Rows:
     if not judge:
         return []
     rows = [
         ("gold win-rate of the policy over SFT", _with_interval(judge, "gold_win_rate", percent=True)),
         ("gold score, SFT → policy", _pair(judge, "gold_mean_sft", "gold_mean_policy")),
-        ("reward model's win-rate of the policy", _number(judge.get("proxy_win_rate"))),
+        (f"{scorer}'s win-rate of the policy", _number(judge.get("proxy_win_rate"))),
         ("second score, SFT → policy", _pair(judge, "second_mean_sft", "second_mean_policy")),
+        ("pass@1 of the SFT model", _with_interval(judge, "pass_at_1_sft", percent=True)),
+        ("pass@1 of the policy", _with_interval(judge, "pass_at_1_policy", percent=True)),
         ("KL to SFT", _number(judge.get("kl_nats"), " nats")),
         ("completion length, policy / SFT", _number(judge.get("length_ratio"))),
         ("held-out prompts", _count(judge.get("num_prompts"))),
@@ -69,7 +73,7 @@ def _judge_rows(judge: dict[str, Any]) -> Rows:
     return [row for row in rows if row[1] != NOT_MEASURED]
 
 
-def _policy_rows(policy: dict[str, Any]) -> Rows:
+def _policy_rows(policy: dict[str, Any], scorer: str) -> Rows:
     if not policy:
         return []
     if "num_pairs" in policy:  # an offline run
@@ -82,7 +86,7 @@ def _policy_rows(policy: dict[str, Any]) -> Rows:
             ("updates / training pairs", f"{_count(policy.get('updates'))} / {_count(policy.get('num_pairs'))}"),
         ]
     return [
-        ("reward model's score, first → last update", _pair(policy, "score_first", "score_last")),
+        (f"{scorer}'s score, first → last update", _pair(policy, "score_first", "score_last")),
         ("updates / completions", f"{_count(policy.get('updates'))} / {_count(policy.get('samples_total'))}"),
     ]
 
@@ -90,6 +94,9 @@ def _policy_rows(policy: dict[str, Any]) -> Rows:
 def _reward_rows(reward: dict[str, Any]) -> Rows:
     if not reward:
         return []
+    if reward.get("kind") == "rule":
+        agreement = _with_interval(reward, "rule_agreement", percent=True)
+        return [("rule's agreement with labelled pairs", f"{agreement}, {_count(reward.get('num_pairs'))} pairs")]
     accuracy = _with_interval(reward, "accuracy", percent=True)
     return [("reward model's held-out accuracy", f"{accuracy}, {_count(reward.get('num_pairs'))} pairs")]
 

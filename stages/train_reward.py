@@ -1,58 +1,95 @@
-"""Stage train_reward: the reward model, trained on labelled pairs from the SFT weights."""
+"""Stage train_reward: the reward model, trained on labelled pairs from the SFT weights; or a task's rule instead."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stages.common.config import load_section
 from stages.common.entry import run_entry
 from stages.reward.config import RewardConfig
 
+if TYPE_CHECKING:
+    from stages.common.tracking import Tracker
+
+PAIRS = Path("artifacts/pairs")
+CURVE = Path("plots/reward.csv")
+
 
 def main() -> None:
-    """Pairs + SFT model -> artifacts/reward, metrics/reward.json. Wired in dvc.yaml."""
+    """Pairs + SFT model, or a rule -> artifacts/reward, metrics/reward.json. Wired in dvc.yaml."""
     config = load_section("reward", RewardConfig)
-    from stages.common.history import History
     from stages.common.publish import staging_directory, write_json
     from stages.common.tracking import track_stage
     from stages.common.workdir import open_workdir
-    from stages.data.completion_store import read_completions
-    from stages.data.token_pairs import read_token_pairs
-    from stages.reward.evaluate import calibration_table, measure_accuracy
-    from stages.reward.train import RewardData, train_reward_model
+    from stages.scoring.rule import is_rule
 
-    pairs = Path("artifacts/pairs")
+    data = Path("artifacts/data")
     with (
         open_workdir("train_reward") as workdir,
         track_stage("train_reward", config, resume_dir=workdir.path) as tracker,
         staging_directory(Path("artifacts/reward")) as staged,
     ):
-        history = History(workdir.path / "history.jsonl", tracker.log_metrics)
-        result = train_reward_model(
-            RewardData(
-                train=read_token_pairs(pairs / "train.parquet"),
-                validation=read_token_pairs(pairs / "validation.parquet"),
-                samples=read_completions(pairs / "samples.parquet"),
-            ),
-            init_from=Path("artifacts/sft"),
-            config=config,
-            workdir=workdir.path,
-            save_to=staged,
-            log_metrics=history.log,
-        )
-        accuracy = measure_accuracy(result.margins, result.prompt_ids, config.seed)
-        calibration = calibration_table(result.margins)
-        tracker.log_table("calibration", calibration)
-        tracker.log_summary({"reward/heldout_accuracy": accuracy.value, "reward/heldout_pairs": accuracy.num_pairs})
-        metrics = {
-            "accuracy": accuracy.value,
-            "accuracy_interval": accuracy.interval,
-            "num_pairs": accuracy.num_pairs,
-            "num_dropped": result.lengths.num_dropped,
-            "num_truncated": result.lengths.num_truncated,
-            "calibration": calibration,
-        }
-        history.write_csv(Path("plots/reward.csv"))
+        if is_rule(data):
+            metrics = _write_rule(data, config, staged, tracker)
+        else:
+            metrics = _train_model(config, workdir.path, staged, tracker)
         write_json(Path("metrics/reward.json"), metrics)
     workdir.discard()
+
+
+def _train_model(config: RewardConfig, workdir: Path, staged: Path, tracker: "Tracker") -> dict[str, Any]:
+    """A reward model into `staged`, its curve, and what metrics/reward.json says of it."""
+    from stages.common.history import History
+    from stages.data.completion_store import read_completions
+    from stages.data.token_pairs import read_token_pairs
+    from stages.reward.evaluate import calibration_table, measure_accuracy
+    from stages.reward.train import RewardData, train_reward_model
+
+    history = History(workdir / "history.jsonl", tracker.log_metrics)
+    result = train_reward_model(
+        RewardData(
+            train=read_token_pairs(PAIRS / "train.parquet"),
+            validation=read_token_pairs(PAIRS / "validation.parquet"),
+            samples=read_completions(PAIRS / "samples.parquet"),
+        ),
+        init_from=Path("artifacts/sft"),
+        config=config,
+        workdir=workdir,
+        save_to=staged,
+        log_metrics=history.log,
+    )
+    accuracy = measure_accuracy(result.margins, result.prompt_ids, config.seed)
+    calibration = calibration_table(result.margins)
+    tracker.log_table("calibration", calibration)
+    tracker.log_summary({"reward/heldout_accuracy": accuracy.value, "reward/heldout_pairs": accuracy.num_pairs})
+    history.write_csv(CURVE)
+    return {
+        "accuracy": accuracy.value,
+        "accuracy_interval": accuracy.interval,
+        "num_pairs": accuracy.num_pairs,
+        "num_dropped": result.lengths.num_dropped,
+        "num_truncated": result.lengths.num_truncated,
+        "calibration": calibration,
+    }
+
+
+def _write_rule(data: Path, config: RewardConfig, staged: Path, tracker: "Tracker") -> dict[str, Any]:
+    """The data's rule into `staged`, an empty curve, and what metrics/reward.json says of it."""
+    from stages.common.publish import write_text
+    from stages.data.token_pairs import read_token_pairs
+    from stages.reward.rule import measure_agreement, publish_rule
+
+    rule = publish_rule(data, staged)
+    pairs = [pair for split in ("train", "validation") for pair in read_token_pairs(PAIRS / f"{split}.parquet")]
+    agreement = measure_agreement(rule, pairs, config.seed)
+    if agreement is not None:
+        tracker.log_summary({"reward/rule_agreement": agreement.value})
+    write_text(CURVE, "step,learner/loss\n")  # dvc.yaml promises the file; nothing was trained
+    return {
+        "kind": "rule",
+        "rule_agreement": agreement.value if agreement else None,
+        "rule_agreement_interval": agreement.interval if agreement else None,
+        "num_pairs": len(pairs),
+    }
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ their prompt goes.
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -41,6 +41,8 @@ class PreparedData:
     """Prompts equal to another one: the same conversation in several rows."""
     num_unused_prompts: int
     """Prompts in no split: the rest of a group cut to size, and training prompts above the limit."""
+    answers: Mapping[str, str] | None = None
+    """The number that solves each prompt of any split, by prompt_id; None for a task without a rule."""
 
     def metrics(self) -> dict[str, float]:
         """The counts under the names of docs/metrics.md."""
@@ -75,6 +77,7 @@ def prepare_data(task_data: TaskData, config: DataConfig) -> PreparedData:
         num_bad_rows=task_data.num_bad_rows,
         num_duplicate_prompts=len(task_data.prompts) - len(prompts),
         num_unused_prompts=len(prompts) - sum(len(data.prompts) for data in splits.values()),
+        answers=_select_answers(task_data.answers, splits.values()),
     )
 
 
@@ -136,6 +139,12 @@ def _select(task_data: TaskData, prompts: list[Prompt]) -> SplitData:
         demonstrations=_follow(task_data.demonstrations, by_id),
         pairs=None if pairs is None else _follow(pairs, by_id),
     )
+
+
+def _select_answers(answers: Mapping[str, str] | None, splits: Iterable[SplitData]) -> dict[str, str] | None:
+    if answers is None:
+        return None
+    return {prompt.prompt_id: answers[prompt.prompt_id] for data in splits for prompt in data.prompts}
 
 
 def _follow(records: Sequence[RecordT], by_id: dict[str, Prompt]) -> list[RecordT]:

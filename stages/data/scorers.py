@@ -43,3 +43,13 @@ ScorerConfig = Annotated[
     NoScorer | VaderScorer | TextblobScorer | LengthScorer | ModelScorer, Field(discriminator="name")
 ]
 """The setting `gold` or `second` of a task."""
+
+
+class RuleScorer(Section):
+    """1 for a completion that gives its problem's answer, else 0. No setting names it: a task has a rule or not."""
+
+    name: Literal["rule"] = "rule"
+
+
+GoldConfig = ScorerConfig | RuleScorer
+"""What a task may have as its gold scorer."""

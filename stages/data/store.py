@@ -1,10 +1,11 @@
-"""The data artifact: one parquet file per split and kind, the same bytes for the same data."""
+"""The data artifact: one parquet file per split and kind, the same bytes for the same data; and the rule, if any."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import InputError
 from stages.data.records import Demonstration, Message, Pair, Prompt, Split
+from stages.data.rules import write_rule
 
 if TYPE_CHECKING:
     import pyarrow
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def write_task_data(directory: Path, prepared: "PreparedData") -> None:
-    """Write `prompts_`, `demonstrations_` and, if the task has pairs, `pairs_` of every split."""
+    """Write `prompts_`, `demonstrations_` and, if the task has them, `pairs_` of every split and the rule."""
     for split, data in prepared.splits.items():
         prompts = [_prompt_row(prompt) for prompt in data.prompts]
         _write(directory / f"prompts_{split}.parquet", prompts, ())
@@ -21,6 +22,8 @@ def write_task_data(directory: Path, prepared: "PreparedData") -> None:
         _write(directory / f"demonstrations_{split}.parquet", demonstrations, ("completion",))
         if data.pairs is not None:
             write_pairs(directory, split, data.pairs)
+    if prepared.answers is not None:
+        write_rule(directory, prepared.answers)
 
 
 def write_pairs(directory: Path, split: Split, pairs: list[Pair]) -> None:

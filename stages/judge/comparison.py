@@ -17,7 +17,7 @@ class Scorers:
     gold: Scorer | None
     second: Scorer | None
     proxy: Scorer
-    """The reward model the policy was trained against."""
+    """The reward model or rule the policy was trained against."""
 
 
 @dataclass(frozen=True)

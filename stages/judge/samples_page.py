@@ -29,7 +29,7 @@ def render_samples(comparison: Comparison, metrics: Metrics, prompts: Sequence[P
         "# Policy and SFT model on held-out prompts",
         _render_metrics(metrics),
         f"{len(shown)} of {len(first)} prompts, chosen by their place and not by their scores. Gold is the task's "
-        "scorer, proxy the reward model the policy was trained against; the winner is gold's.",
+        "scorer, proxy the reward model or rule the policy was trained against; the winner is gold's.",
     ]
     for number, index in enumerate(shown, start=1):
         winner = "no gold scorer" if wins is None else WINNERS[wins[index]]

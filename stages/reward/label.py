@@ -1,7 +1,7 @@
 """Stage label_pairs: from prompts (or human pairs) to labelled pairs of token ids."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -101,6 +101,7 @@ def label_splits(
             groups = generate(generator, centring, SamplingPlan(1))
             samples = [completion for group in groups for completion in group]
             labelled[split] = LabelledPairs(kept, samples, [], num_ties, too_long)
+    warn_without_pairs(labelled)
     return labelled
 
 
@@ -120,6 +121,15 @@ def label_human_pairs(
     relabelled = [_relabel(pair, tokenizer, gold) for pair in encoded]
     kept = [pair for pair in relabelled if pair is not None]
     return kept, len(relabelled) - len(kept)
+
+
+def warn_without_pairs(labelled: Mapping[Split, LabelledPairs]) -> None:
+    """Not an error here: a task with a rule trains no reward model, and stage train_reward refuses for the others."""
+    for split, result in labelled.items():
+        if not result.pairs:
+            logger.warning(
+                "no pairs: the completions of each prompt all score alike split=%s num_ties=%d", split, result.num_ties
+            )
 
 
 def _encode_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> TokenPair:

@@ -21,7 +21,7 @@ from stages.models.load import freeze, load_policy, move, select_device
 from stages.rl.rollouts import Reference, build_rollout
 from stages.rl.scorer import score_completions
 from stages.rl.scoring import KEY_HALF, KEY_VARIABLE, Failed, ScoredGroup, ScoringJob
-from stages.scoring.reward import RewardScorer
+from stages.scoring.load import load_scorer
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class GroupScorer:
 
     def __init__(self, job: ScoringJob) -> None:
         self._job = job
-        self._scorer = None if job.reward is None else RewardScorer(job.reward, job.dtype, job.micro_batch_tokens)
+        self._scorer = None if job.reward is None else load_scorer(job.reward, job.dtype, job.micro_batch_tokens)
         self._reference: Reference | None = None
         if job.sft is not None:
             model = move(load_policy(job.sft, torch.float32), select_device())

@@ -20,7 +20,7 @@ from stages.learner.checkpoint import find_checkpoint
 from stages.learner.engine import Learner
 from stages.learner.logprobs import require_plain_head
 from stages.models.load import freeze, load_policy, load_tokenizer, move, select_device, select_trainable
-from stages.models.reward_model import load_reward_model
+from stages.models.reward_model import init_reward_model, load_reward_model
 from stages.rl.algorithm_config import PpoConfig
 from stages.rl.algorithms import ALGORITHMS
 from stages.rl.algorithms.protocol import Algorithm
@@ -46,7 +46,8 @@ from stages.rl.timeline import Timeline
 from stages.rl.training import LogMetrics, Training
 from stages.rl.value import ValueModel
 from stages.rl.weights import WeightsPublisher, copy_policy, open_scratch
-from stages.scoring.reward import RewardScorer, read_sft_range
+from stages.scoring.load import load_scorer, read_score_range
+from stages.scoring.rule import is_rule
 
 logger = logging.getLogger(__name__)
 
@@ -240,8 +241,8 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
     is_local = config.score_on == "learner" and config.replay_from is None
     preparation = Preparation(
         algorithm=setting.algorithm,
-        scorer=RewardScorer(inputs.reward, dtype, max_tokens) if is_local else None,
-        missing_eos_score=resolve_missing_eos_score(config.missing_eos_score, read_sft_range(inputs.reward)),
+        scorer=load_scorer(inputs.reward, dtype, max_tokens) if is_local else None,
+        missing_eos_score=resolve_missing_eos_score(config.missing_eos_score, read_score_range(inputs.reward)),
         reference=Reference(reference_model, dtype, temperature),
         learner=Reference(learner.model, dtype, temperature),
         max_tokens=max_tokens,
@@ -253,11 +254,15 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
 
 
 def _make_value_learner(setting: _Setting) -> Learner | None:
-    """The reward model with an optimizer of its own, for algorithms that learn values."""
+    """The reward model (with a rule the SFT model) with an optimizer of its own, for algorithms that learn values."""
     algorithm, config = setting.config.algorithm, setting.config
     if not isinstance(algorithm, PpoConfig):
         return None
-    model = load_reward_model(setting.inputs.reward, torch.float32)
+    inputs = setting.inputs
+    if is_rule(inputs.reward):
+        model = init_reward_model(inputs.sft, torch.float32, config.seed)
+    else:
+        model = load_reward_model(inputs.reward, torch.float32)
     select_trainable(model, config.learner.trainable_layers, "rl.learner.trainable_layers")
     model.score.requires_grad_(True)
     learner_config = config.learner.model_copy(update={"lr": algorithm.value_lr or config.learner.lr})

@@ -1,4 +1,5 @@
 """What a completion is worth: lexicons, rules and reward models behind one protocol.
 
-Read `protocol.py`, `lexicon.py` (gold scorers of the default task), `reward.py` (the learned reward model).
+Read `protocol.py`, `lexicon.py` (gold scorers of the default task), `rule.py` (right or wrong), `reward.py` (the
+learned reward model), `load.py` (whichever of the two artifacts/reward holds).
 """

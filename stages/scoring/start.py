@@ -4,23 +4,26 @@ from pathlib import Path
 
 from stages.common.errors import InputError
 from stages.common.watched import warn_unless_watched
+from stages.data.scorers import GoldConfig, ModelScorer, NoScorer
 from stages.data.scorers import LengthScorer as LengthSettings
-from stages.data.scorers import ModelScorer, NoScorer, ScorerConfig
+from stages.data.scorers import RuleScorer as RuleSettings
 from stages.data.scorers import TextblobScorer as TextblobSettings
 from stages.data.scorers import VaderScorer as VaderSettings
 from stages.scoring.lexicon import LengthScorer, TextblobScorer, VaderScorer
 from stages.scoring.protocol import Scorer
+from stages.scoring.rule import RuleScorer
 
 
-def start_scorer(config: ScorerConfig | None, policy: Path) -> Scorer | None:
+def start_scorer(config: GoldConfig | None, policy: Path, data: Path) -> Scorer | None:
     """The scorer a task names, or None where it names none.
 
     Args:
         config: settings of the task.
         policy: model directory whose tokenizer made the token ids; a gold model must share it.
+        data: the data artifact, which holds the rule of a task that has one.
 
     Raises:
-        InputError: a gold model with another tokenizer.
+        InputError: a gold model with another tokenizer, or data without a rule.
     """
     match config:
         case None | NoScorer():
@@ -31,6 +34,8 @@ def start_scorer(config: ScorerConfig | None, policy: Path) -> Scorer | None:
             return TextblobScorer()
         case LengthSettings():
             return LengthScorer()
+        case RuleSettings():
+            return RuleScorer(data)
         case ModelScorer(path=path):
             return _start_model(Path(path), policy)
 

@@ -10,6 +10,7 @@ import pytest
 
 from stages.data.text import LengthReport
 from stages.judge.evaluate import evaluate_comparison, select_numbers
+from stages.judge.pass_rate import measure_pass_rates
 from stages.rl.offline import OfflineResult, PairEvaluation
 from stages.rl.progress import Progress
 from stages.rl.report import summarise, summarise_offline
@@ -98,7 +99,9 @@ def test_every_number_of_the_judge_and_of_the_policy_has_a_row(tmp_path: Path) -
     evaluation = Evaluation(policy_version=0, score=0.5, kl_nats=0.0, completion_tokens=3.0, finished_fraction=1.0)
     progress = Progress(first=evaluation, best=evaluation, last=evaluation, staleness=Counter([0]))
     result = Result(progress, Timeline(tmp_path / "timeline.jsonl"), dropped={}, publish_bytes=0)
-    judged = {f"judge/{name}" for name in select_numbers(evaluate_comparison(small_comparison(), seed=0))}
+    comparison = small_comparison()
+    metrics = evaluate_comparison(comparison, seed=0) | measure_pass_rates(comparison, seed=0)
+    judged = {f"judge/{re.sub('^pass_at_[0-9]+', 'pass_at_{k}', name)}" for name in select_numbers(metrics)}
     evaluated = {f"eval/{name}" for name in asdict(evaluation)} - {"eval/policy_version"}
 
     rows = read_rows()

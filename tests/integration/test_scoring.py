@@ -22,6 +22,7 @@ from stages.data.text import TokenSequence
 from stages.models.load import load_policy, load_tokenizer, save_model, select_device
 from stages.models.reward_model import init_reward_model
 from stages.rl.algorithms.online_dpo import OnlineDpo
+from stages.rl.algorithms.policy_gradient import SUM
 from stages.rl.algorithms.remax import Remax
 from stages.rl.rollouts import Reference
 from stages.rl.scorer import score_completions
@@ -256,7 +257,11 @@ def test_the_reference_is_only_asked_about_what_is_trained_on(job: ScoringJob) -
     samples = make_group(3, finished=(True, True))
     group = (*samples, replace(samples[0], is_greedy=True))
     algorithm = Remax(
-        samples_per_prompt=2, kl_coef=0.1, kl_mode="full_step", correction={"kind": "none", "max_weight": 1.0}
+        samples_per_prompt=2,
+        kl_coef=0.1,
+        kl_mode="full_step",
+        correction={"kind": "none", "max_weight": 1.0},
+        normaliser=SUM,
     )
     remax = replace(job, algorithm=algorithm)
 

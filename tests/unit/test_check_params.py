@@ -34,6 +34,16 @@ def test_sections_that_do_not_fit_together_are_refused(
     assert str(caught.value).startswith(message)
 
 
+def test_a_task_with_a_rule_needs_no_room_for_a_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = read_params()
+    params["data"]["task"] = {"name": "problems", "source": "inputs/data/a.jsonl"}
+    params["generation"]["max_new_tokens"] = 400
+    YAML().dump(params, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+
+    main()
+
+
 def test_wrong_settings_of_all_sections_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = read_params()
     params["sft"]["num_epochs"] = 0

@@ -45,6 +45,20 @@ def test_an_offline_run_is_shown_by_its_pairs(tmp_path: Path) -> None:
     assert "reward model's score" not in report
 
 
+def test_a_task_with_a_rule_shows_what_it_solves_instead_of_a_reward_models_accuracy(tmp_path: Path) -> None:
+    write(tmp_path, "judge.json", {"pass_at_1_policy": 0.125, "pass_at_1_policy_interval": [0.1, 0.15]})
+    write(tmp_path, "reward.json", {"kind": "rule", "rule_agreement": None, "num_pairs": 0})
+    write(tmp_path, "policy.json", {"updates": 40, "score_first": 0.1, "score_last": 0.25})
+
+    report = format_report(tmp_path, {})
+
+    assert "12.5 [10.0, 15.0] %" in report
+    assert "pass@1 of the SFT model" not in report
+    assert "rule's score, first → last update" in report
+    assert "–, 0 pairs" in report
+    assert "reward model" not in report
+
+
 def test_before_the_first_run_it_says_what_to_do(tmp_path: Path) -> None:
     assert "make run" in format_report(tmp_path, {})
 

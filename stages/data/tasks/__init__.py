@@ -10,13 +10,15 @@ from pydantic import Field
 
 from stages.data.tasks.instructions import InstructionsTask
 from stages.data.tasks.pairs import PairsTask
+from stages.data.tasks.problems import ProblemsTask
 from stages.data.tasks.reviews import ReviewsTask
 
 # One row per task.
 TaskConfig = Annotated[
     ReviewsTask  # continue the opening of a review: made here, needs no download
     | PairsTask  # preference pairs of people, from a file or the hub
-    | InstructionsTask,  # prompts with completions, from a file or the hub
+    | InstructionsTask  # prompts with completions, from a file or the hub
+    | ProblemsTask,  # problems with an answer that a rule can check, from a file or the hub
     Field(discriminator="name"),
 ]
 """The setting `data.task`."""

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from stages.data.records import Demonstration, Message, Pair, Prompt
-from stages.data.scorers import ScorerConfig
+from stages.data.scorers import GoldConfig, ScorerConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class TaskData:
     """Rows equal to an earlier one in every column used; they were dropped."""
     num_bad_rows: int = 0
     """Rows with unusable text that `max_bad_rows` allowed to drop."""
+    answers: Mapping[str, str] | None = None
+    """The number that solves each prompt, by prompt_id, where a rule scores completions; None where none does."""
 
 
 class Task(Protocol):
@@ -37,8 +39,11 @@ class Task(Protocol):
         """A text a person types as a prompt of this task's form."""
         ...
 
-    def scorers(self) -> tuple[ScorerConfig | None, ScorerConfig | None]:
-        """The gold scorer, and a second one that is reported and never optimised; None: not there."""
+    def scorers(self) -> tuple[GoldConfig | None, ScorerConfig | None]:
+        """The gold scorer, and a second one that is reported and never optimised; None: not there.
+
+        A rule as gold scorer is also what RL trains on, without a reward model; `load` must then give `answers`.
+        """
         ...
 
 
