@@ -88,6 +88,8 @@ class Replica:
                     f"{self.describe_log()}"
                 )
             await asyncio.sleep(HEALTH_POLL_S)
+        if self.process is not None:
+            await self._warm_up(max(0.0, deadline - time.monotonic()))
 
     async def sample(self, ticket: Ticket, salt: str) -> Group:
         """What it answers to a ticket; see `VllmClient.sample`.
@@ -223,6 +225,21 @@ class Replica:
                 raise
         async with asyncio.timeout(limit_s):
             return await self.client.read_version()
+
+    async def _warm_up(self, limit_s: float) -> None:
+        """Before it counts as ready: a server that works, but for the first time, would seem to hang."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.client.warm_up()
+        except TimeoutError as error:
+            raise GeneratorError(
+                f"{self.name}: vLLM sampled nothing within generation.start_timeout_s={self.start_timeout_s:.0f}; "
+                f"{self.describe_log()}"
+            ) from error
+        except httpx.HTTPError as error:
+            raise GeneratorError(
+                f"{self.name}: vLLM failed at its first sample: {error!r}; {self.describe_log()}"
+            ) from error
 
     async def _is_healthy(self) -> bool:
         try:

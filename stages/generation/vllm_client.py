@@ -77,6 +77,12 @@ class VllmClient:
         except (KeyError, TypeError, ValueError) as error:
             raise GeneratorError(f"{self.url}: the probe's answer is unusable: {error!r}") from error
 
+    async def warm_up(self) -> None:
+        """Have it sample two tokens and forget them: its first sampling builds or loads code, for seconds on end."""
+        parameters = {"max_tokens": 2, "temperature": self._config.temperature, "seed": 0, "logprobs": 0}
+        body = {"token_ids": [self._tokenizer.eos_token_id], "cache_salt": "warm-up"}
+        await self._post("/inference/v1/generate", body | {"sampling_params": parameters | {"detokenize": False}})
+
     async def load(self, weights: Path) -> None:
         """Load a safetensors file, or those of a directory, into the engine."""
         arguments = {"path": str(weights.resolve())}

@@ -40,6 +40,8 @@ class RlConfig(Section):
     """CPU cores or GPUs of the learner, such as 1 or 2-3; auto: those the generator does not use."""
     stall_timeout_s: PositiveFloat = 1800.0
     """Seconds without any sign of life from the generator, while the learner waits for it, that end the run."""
+    score_timeout_s: PositiveFloat = 120.0
+    """Seconds after which the process that scores a group on the generator's devices is taken for hung."""
     replay_from: str | None = None
     """Train from this ledger instead of a generator; see docs/ledger.md. Put it under inputs/ledger to have it
     watched."""

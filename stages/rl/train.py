@@ -289,6 +289,7 @@ def _scoring_starter(setting: _Setting, preparation: Preparation) -> StartScorin
         log_path=setting.workdir / "scoring.log",
         cores=None if is_gpu else on,
         env={"CUDA_VISIBLE_DEVICES": on} if is_gpu else {},
+        timeout_s=config.score_timeout_s,
         max_restarts=config.generator.max_restarts,
     )
     return lambda on_result, on_failure: ScoringProcess(job, settings, on_result, on_failure)

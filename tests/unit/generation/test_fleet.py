@@ -654,6 +654,20 @@ def test_a_local_server_that_ends_while_it_starts_ends_the_run_with_its_last_wor
         finish(fleet, 1)
 
 
+def test_a_local_server_that_fails_at_its_first_sample_never_counts_as_ready(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    server.broken[scripted.GENERATE] = scripted.closed
+
+    with (
+        start_local_fleet(server, tmp_path) as fleet,
+        pytest.raises(GeneratorError, match=r"generator-0: vLLM failed at its first sample: RemoteProtocolError"),
+    ):
+        finish(fleet, 1)
+
+    assert server.told("load", "label") == []
+
+
 def test_a_local_server_that_breaks_off_before_its_first_use_ends_the_run(
     server: ScriptedServer, tmp_path: Path
 ) -> None:
