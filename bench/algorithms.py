@@ -68,13 +68,16 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
     arguments = parser.parse_args()
     cells = list_cells(arguments.algorithms, arguments.modes)
-    report = read_report(arguments.out, arguments.set)
     deadline = time.monotonic() + 3600 * arguments.hours
     base = arguments.workspace.resolve() / "base"
-    for cell in [] if arguments.table else cells:
+    if arguments.table:
+        print(format_table(json.loads(arguments.out.read_text())["cells"]))
+        return
+    make_base(base, arguments.set)
+    report = read_report(arguments.out, base, arguments.set)
+    for cell in cells:
         if cell.key in report["cells"] or time.monotonic() > deadline:
             continue
-        make_base(base, arguments.set)
         report["cells"][cell.key] = run_cell(cell, base, arguments.workspace.resolve() / "cell", arguments.set)
         report["unrun"] = [item.key for item in cells if item.key not in report["cells"]]
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -94,9 +97,9 @@ def list_cells(algorithms: list[str], modes: list[str]) -> list[Cell]:
     ]
 
 
-def read_report(path: Path, changes: list[str]) -> dict[str, Any]:
-    """What an earlier call has found; the code must be the same."""
-    settings = {"commit": git("rev-parse", "HEAD"), "changes": changes, "settings": SETTINGS}
+def read_report(path: Path, base: Path, changes: list[str]) -> dict[str, Any]:
+    """What an earlier call has found; the code, which is the base's, must be the same."""
+    settings = {"commit": git("-C", str(base), "rev-parse", "HEAD"), "changes": changes, "settings": SETTINGS}
     if not path.exists():
         return {**settings, "machine": describe_machine(), "cells": {}, "unrun": []}
     report: dict[str, Any] = json.loads(path.read_text())
@@ -118,7 +121,7 @@ def run_cell(cell: Cell, base: Path, clone: Path, changes: list[str]) -> dict[st
     """RL and evaluation in a clone that shares the base's cache; it is deleted afterwards."""
     if clone.exists():
         subprocess.run(["rm", "-rf", str(clone)], check=True)
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(base), str(clone)], check=True)
     (clone / "dvc.lock").write_text((base / "dvc.lock").read_text())
     cache = str(base / ".dvc" / "cache")
     subprocess.run([sys.executable, "-m", "dvc", "cache", "dir", "--local", cache], cwd=clone, check=True)

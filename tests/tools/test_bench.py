@@ -49,6 +49,31 @@ def test_default_run_measures_a_seed_in_a_fresh_clone(tmp_path: Path) -> None:
     assert measured["stage_s"].keys() >= {"train_sft", "train_policy", "judge_policy"}
 
 
+@pytest.mark.timeout(300)
+def test_the_queue_of_algorithms_runs_a_cell_on_what_the_base_made_and_goes_on(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "tiny")
+    settings = TOY_SETTINGS | {"model.source": {"kind": "path", "path": str(model)}}
+    arguments = (
+        *("--algorithms", "grpo", "--workspace", str(tmp_path / "clones"), "--out", str(tmp_path / "out.json")),
+        *("--set", *(f"{name}={json.dumps(value)}" for name, value in settings.items())),
+    )
+
+    run("algorithms.py", "--modes", "sync", *arguments)
+    again = run("algorithms.py", "--hours", "0", *arguments)
+
+    report = json.loads((tmp_path / "out.json").read_text())
+    (cell,) = report["cells"].values()
+    assert (cell["algorithm"], cell["mode"], cell["updates"]) == ("grpo", "sync", 4)
+    assert cell["learner_peak_gib"] > 0
+    assert "unrun: grpo, async 1, seed 0" in again.stdout
+
+
+def test_mutants_of_an_algorithm_are_killed(tmp_path: Path) -> None:
+    run("mutants.py", "--only", "best_of_n.py", "--out", str(tmp_path / "out.json"))
+
+    assert [row["kind"] for row in json.loads((tmp_path / "out.json").read_text())] == ["choice", "sign"]
+
+
 def test_the_crash_drill_finds_a_run_whole_after_three_faults(tmp_path: Path) -> None:
     run(
         "drill.py",
