@@ -1,31 +1,41 @@
-"""Do our SFT and Bradley–Terry losses and gradients agree with TRL's trainers on the same batch?
+"""Do our losses and gradients, of SFT, reward and RL, agree with TRL's trainers on the same batch?
 
-Two halves that exchange a folder, because TRL lives in an environment of its own (requirements/trl.txt):
-`record` computes our side from the code that trains, `compare` lets TRL's trainers compute theirs from the same
-model and the same token ids, and judges. Answers: docs/benchmarks/2026-11-21-trl-agreement.md.
+Two halves that exchange a folder, because TRL lives in an environment of its own (requirements/trl.txt; for PPO
+requirements/trl-1.12.txt): `record` computes our side from the code that trains, `compare` lets TRL's trainers compute
+theirs from the same models and the same token ids, and judges. The RL parts of both are in rl_agreement_ours.py and
+rl_agreement_trl.py. Answers: docs/benchmarks/2026-11-21-trl-agreement.md and 2026-11-21-trl-agreement-rl.md.
 """
 
 import argparse
 import json
-import platform
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from agreement import (
+    Comparison,
+    Gradients,
+    Recorded,
+    compare_gradients,
+    compare_numbers,
+    compare_tensors,
+    print_table,
+    report,
+    take_gradients,
+    versions,
+)
+from rl_agreement_trl import compare_grpo, compare_online_dpo, compare_ppo, compare_rloo
+from safetensors.torch import save_file
 from torch import Tensor
+from trl_settings import load_trl_tokenizer, trainer_settings
 
-TOLERANCE = 1e-4
-"""Largest relative difference that counts as agreement."""
 NUM_EXAMPLES = 4
 TEXT = "the film was slow at first but its second half moved me and I would gladly watch it again with friends"
-
-Gradients = dict[str, Tensor]
 
 
 def main() -> int:
@@ -36,22 +46,26 @@ def main() -> int:
     record_parser.add_argument("directory", type=Path)
     record_parser.add_argument("--model", type=Path, help="model directory; a two-layer random Llama if left out")
     record_parser.add_argument("--seed", type=int, default=0, help="of the batch, the head and the random Llama")
-    compare_parser = halves.add_parser("compare", help="TRL's half, in the environment of requirements/trl.txt")
+    record_parser.add_argument("--noise", type=float, default=0.1, help="how far the RL batch's other models are")
+    compare_parser = halves.add_parser("compare", help="TRL's half, in its environment")
     compare_parser.add_argument("directories", type=Path, nargs="+")
+    compare_parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all that the installed TRL has")
     compare_parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     arguments = parser.parse_args()
     if arguments.half == "record":
-        record(arguments.directory, arguments.model, arguments.seed)
+        record(arguments.directory, arguments.model, arguments.seed, arguments.noise)
         return 0
-    return compare(arguments.directories, arguments.out)
+    return compare(arguments.directories, arguments.parts, arguments.out)
 
 
 # Our half
 
 
-def record(directory: Path, model_path: Path | None, seed: int) -> None:
+def record(directory: Path, model_path: Path | None, seed: int, noise: float) -> None:
     """Write the batch, our losses and our gradients into `directory`."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `stages` and `tests` are not installed
+    from rl_agreement_ours import record_rl
+
     from stages.models.load import load_tokenizer
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -66,9 +80,9 @@ def record(directory: Path, model_path: Path | None, seed: int) -> None:
     demonstrations = [encode_chat(tokenizer, *chat) for chat in chats]
     pairs = draw_pairs(tokenizer, rng)
     newline = tuple(tokenizer("\n", add_special_tokens=False)["input_ids"])
-    sft_numbers, sft_gradients = record_sft(model_path, demonstrations, newline)
-    reward_numbers, reward_tensors = record_reward(model_path, pairs, seed)
-    save_file(sft_gradients | reward_tensors, directory / "ours.safetensors")
+    samples = draw_samples(tokenizer, rng)
+    numbers = record_sft(directory, model_path, demonstrations, newline)
+    numbers |= record_reward(directory, model_path, pairs, seed)
     contents = {
         "model": name,
         "model_path": str(model_path.resolve()),
@@ -76,11 +90,12 @@ def record(directory: Path, model_path: Path | None, seed: int) -> None:
         "chats": chats,
         "demonstrations": [asdict(item) for item in demonstrations],
         "pairs": [{"chosen": asdict(pair.chosen), "rejected": asdict(pair.rejected)} for pair in pairs],
-        "ours": sft_numbers | reward_numbers,
+        "ours": numbers,
+        "rl": record_rl(directory, model_path, samples, seed=seed, noise=noise),
         "versions": versions("torch", "transformers"),
     }
     (directory / "ours.json").write_text(json.dumps(contents, indent=1))
-    print(f"{directory}: {json.dumps(contents['ours'])}")
+    print(f"{directory}: {json.dumps(contents['ours'] | contents['rl']['results'])}")
 
 
 def draw_words(rng: random.Random, fewest: int, most: int) -> str:
@@ -112,9 +127,20 @@ def draw_pairs(tokenizer: Any, rng: random.Random) -> list[Any]:
     return pairs
 
 
+def draw_samples(tokenizer: Any, rng: random.Random) -> list[list[Any]]:
+    """Of each prompt, long completions for the RL half to cut."""
+    from rl_agreement_ours import MAX_NEW_TOKENS, NUM_PROMPTS, NUM_SAMPLES
+
+    prompts = [draw_words(rng, 2, 9) for _ in range(NUM_PROMPTS)]
+    return [
+        [encode_chat(tokenizer, prompt, draw_words(rng, MAX_NEW_TOKENS, MAX_NEW_TOKENS)) for _ in range(NUM_SAMPLES)]
+        for prompt in prompts
+    ]
+
+
 def record_sft(
-    model_path: Path, demonstrations: list[Any], newline: tuple[int, ...]
-) -> tuple[dict[str, float], Gradients]:
+    directory: Path, model_path: Path, demonstrations: list[Any], newline: tuple[int, ...]
+) -> dict[str, float]:
     """The SFT loss through the trainer's own micro-batches, and losses that differ from it on purpose."""
     from stages.data.text import TokenSequence
     from stages.learner.engine import select_device
@@ -130,10 +156,11 @@ def record_sft(
 
     loss = batch_loss(demonstrations)
     loss.backward()
+    save_file(take_gradients(model), directory / "sft.safetensors")
     without_eos = [TokenSequence(item.prompt_ids, item.completion_ids[:-1]) for item in demonstrations]
     with_newline = [TokenSequence(item.prompt_ids, item.completion_ids + newline) for item in demonstrations]
     with torch.no_grad():
-        numbers = {
+        return {
             "sft_loss": loss.item(),
             "sft_tokens": sum(len(item.completion_ids) for item in demonstrations),
             "sft_loss_with_newline": batch_loss(with_newline).item(),
@@ -141,10 +168,9 @@ def record_sft(
             "sft_loss_without_eos": batch_loss(without_eos).item(),
             "sft_mean_of_means": sum(batch_loss([item]).item() for item in demonstrations) / len(demonstrations),
         }
-    return numbers, take_gradients(model, "sft/")
 
 
-def record_reward(model_path: Path, pairs: list[Any], seed: int) -> tuple[dict[str, float], Gradients]:
+def record_reward(directory: Path, model_path: Path, pairs: list[Any], seed: int) -> dict[str, float]:
     """The Bradley–Terry loss through the trainer's own micro-batches, and the same for pairs without EOS."""
     from stages.learner.engine import select_device
     from stages.models.load import move
@@ -163,16 +189,17 @@ def record_reward(model_path: Path, pairs: list[Any], seed: int) -> tuple[dict[s
             torch.cat([score_margins(model, split_pairs([pair], 2**62)[0]) for pair in examples]).cpu()
             for examples in (pairs, [drop_eos(pair, model.config.eos_token_id) for pair in pairs])
         )
-    numbers = {
-        "reward_loss": loss.item(),
-        "reward_loss_without_eos": (bradley_terry_loss(margins_without_eos) / len(pairs)).item(),
-    }
-    tensors = {
+    scores = {
         "head": model.score.weight.detach().cpu(),
         "margins": margins,
         "margins_without_eos": margins_without_eos,
     }
-    return numbers, take_gradients(model, "reward/") | tensors
+    save_file(take_gradients(model), directory / "reward.safetensors")
+    save_file(scores, directory / "scores.safetensors")
+    return {
+        "reward_loss": loss.item(),
+        "reward_loss_without_eos": (bradley_terry_loss(margins_without_eos) / len(pairs)).item(),
+    }
 
 
 def drop_eos(pair: Any, eos: int) -> Any:
@@ -187,65 +214,25 @@ def drop_eos(pair: Any, eos: int) -> Any:
     return PairExample(pair.prompt_id, drop(pair.chosen), drop(pair.rejected))
 
 
-def take_gradients(model: Any, prefix: str = "") -> Gradients:
-    """Every parameter's gradient, by the parameter's name."""
-    return {
-        prefix + name: parameter.grad.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
 # TRL's half
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One quantity, computed by both sides."""
-
-    arm: str
-    quantity: str
-    ours: float
-    trl: float
-    relative_difference: float
-    should_agree: bool
-    """False for controls: a check that cannot tell a wrong loss from ours would prove nothing."""
-
-    @property
-    def is_expected(self) -> bool:
-        """Within the tolerance where the two should agree, outside it where they should not."""
-        return (self.relative_difference <= TOLERANCE) == self.should_agree
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What `record` wrote."""
-
-    directory: Path
-    contents: dict[str, Any]
-    tensors: Gradients
-
-    def gradients(self, stage: str) -> Gradients:
-        """Our gradients of one stage."""
-        start = f"{stage}/"
-        return {name.removeprefix(start): grad for name, grad in self.tensors.items() if name.startswith(start)}
-
-
-def compare(directories: list[Path], out: Path | None) -> int:
+def compare(directories: list[Path], parts: list[str] | None, out: Path | None) -> int:
     """Compare every recorded folder; 0 if every comparison came out as it should."""
     runs = []
     for directory in directories:
-        recorded = Recorded(
-            directory,
-            json.loads((directory / "ours.json").read_text()),
-            load_file(directory / "ours.safetensors"),
-        )
-        comparisons = [*compare_sft(recorded), *compare_reward(recorded)]
+        recorded = Recorded(directory, json.loads((directory / "ours.json").read_text()))
+        comparisons = [item for part in parts or find_parts() for item in PARTS[part](recorded)]
         print_table(f"{recorded.contents['model']}, seed {recorded.contents['seed']}", comparisons)
         runs.append((recorded, comparisons))
     if out:
         out.write_text(json.dumps(report(runs), indent=1) + "\n")
     return 0 if all(item.is_expected for _, comparisons in runs for item in comparisons) else 1
+
+
+def find_parts() -> list[str]:
+    """What the installed TRL has; the last with PPO is 1.12."""
+    return [part for part in PARTS if part != "ppo" or find_spec("trl.experimental.ppo")]
 
 
 def compare_sft(recorded: Recorded) -> Iterator[Comparison]:
@@ -261,7 +248,7 @@ def compare_sft(recorded: Recorded) -> Iterator[Comparison]:
         loss, num_tokens, gradients = run_sft_trainer(trainer, num_micro_batches)
         yield compare_numbers(arm, "loss", ours["sft_loss"], loss)
         yield compare_numbers(arm, "tokens in the loss", ours["sft_tokens"], num_tokens)
-        yield from compare_gradients(arm, recorded.gradients("sft"), gradients)
+        yield from compare_gradients(arm, recorded.tensors("sft"), gradients)
     for arm, key in (
         ("control: our loss without EOS", "sft_loss_without_eos"),
         ("control: our mean of sequence means", "sft_mean_of_means"),
@@ -279,12 +266,12 @@ def compare_sft(recorded: Recorded) -> Iterator[Comparison]:
 
 def compare_reward(recorded: Recorded) -> Iterator[Comparison]:
     """RewardTrainer with a padding of its own, then with pad = EOS, where its pooling misses the EOS."""
-    ours, tensors = recorded.contents["ours"], recorded.tensors
+    ours, tensors = recorded.contents["ours"], recorded.tensors("scores")
     arm = "reward, pad ≠ EOS"
     loss, margins, gradients = run_reward_trainer(recorded, pad_is_eos=False)
     yield compare_numbers(arm, "loss", ours["reward_loss"], loss)
     yield compare_tensors(arm, "margins", tensors["margins"], margins)
-    yield from compare_gradients(arm, recorded.gradients("reward"), gradients)
+    yield from compare_gradients(arm, recorded.tensors("reward"), gradients)
 
     loss, margins, _ = run_reward_trainer(recorded, pad_is_eos=True)
     arm = "reward, pad = EOS; ours without EOS"
@@ -324,7 +311,7 @@ def build_sft_trainer(recorded: Recorded, rows: list[dict[str, Any]], pad_is_eos
 
     return SFTTrainer(
         model=recorded.contents["model_path"],
-        args=SFTConfig(completion_only_loss=True, **trainer_settings(recorded)),
+        args=SFTConfig(completion_only_loss=True, **trainer_settings(recorded, NUM_EXAMPLES)),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_trl_tokenizer(recorded, pad_is_eos),
     )
@@ -356,12 +343,12 @@ def run_reward_trainer(recorded: Recorded, pad_is_eos: bool) -> tuple[float, Ten
     ]
     trainer = RewardTrainer(
         model=recorded.contents["model_path"],
-        args=RewardConfig(**trainer_settings(recorded)),
+        args=RewardConfig(**trainer_settings(recorded, NUM_EXAMPLES)),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_trl_tokenizer(recorded, pad_is_eos),
     )
     with torch.no_grad():
-        trainer.model.score.weight.copy_(recorded.tensors["head"])
+        trainer.model.score.weight.copy_(recorded.tensors("scores")["head"])
     batch = trainer.data_collator(list(trainer.train_dataset))
     trainer.model.train()
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
@@ -370,90 +357,14 @@ def run_reward_trainer(recorded: Recorded, pad_is_eos: bool) -> tuple[float, Ten
     return loss.item(), chosen - rejected, take_gradients(trainer.model)
 
 
-def trainer_settings(recorded: Recorded) -> dict[str, Any]:
-    """What departs from TRL's defaults: float32 instead of bf16, and nothing that saves memory or reports."""
-    return {
-        "output_dir": str(recorded.directory / "trl"),
-        "per_device_train_batch_size": NUM_EXAMPLES,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-def load_trl_tokenizer(recorded: Recorded, pad_is_eos: bool) -> Any:
-    """The model's tokenizer; for `pad ≠ EOS` it pads with a token that the batch does not contain."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(recorded.contents["model_path"])
-    spare = next(token for token in ("<|endoftext|>", "<unk>") if token in tokenizer.get_vocab())
-    tokenizer.pad_token = tokenizer.eos_token if pad_is_eos else spare
-    return tokenizer
-
-
-# Judging
-
-
-def compare_numbers(arm: str, quantity: str, ours: float, trl: float, should_agree: bool = True) -> Comparison:
-    """|ours − TRL's| / |TRL's|."""
-    return Comparison(arm, quantity, ours, trl, abs(ours - trl) / abs(trl), should_agree)
-
-
-def compare_tensors(arm: str, quantity: str, ours: Tensor, trl: Tensor, should_agree: bool = True) -> Comparison:
-    """‖ours − TRL's‖ / ‖TRL's‖, beside both norms."""
-    return Comparison(arm, quantity, ours.norm().item(), trl.norm().item(), distance(ours, trl), should_agree)
-
-
-def compare_gradients(arm: str, ours: Gradients, trl: Gradients) -> Iterator[Comparison]:
-    """All parameters as one vector, and the single tensor that differs most."""
-    if ours.keys() != trl.keys():
-        raise ValueError(f"{arm}: different parameters have gradients: {sorted(ours.keys() ^ trl.keys())}")
-    names = sorted(ours)
-    ours_flat, trl_flat = (torch.cat([grads[name].flatten() for name in names]) for grads in (ours, trl))
-    yield compare_tensors(arm, f"gradient ({len(names)} tensors)", ours_flat, trl_flat)
-    worst = max(names, key=lambda name: distance(ours[name], trl[name]))
-    yield compare_tensors(arm, f"gradient, worst tensor: {worst}", ours[worst], trl[worst])
-
-
-def distance(ours: Tensor, trl: Tensor) -> float:
-    """Relative distance, computed in float64."""
-    return ((ours.double() - trl.double()).norm() / trl.double().norm()).item()
-
-
-def print_table(title: str, comparisons: list[Comparison]) -> None:
-    """One Markdown table per run."""
-    print(f"\n### {title}\n\n| arm | quantity | ours | TRL | relative difference | as it should be |")
-    print("|---|---|---|---|---|---|")
-    for item in comparisons:
-        values = f"{item.ours:.7g} | {item.trl:.7g} | {item.relative_difference:.1e}"
-        print(f"| {item.arm} | {item.quantity} | {values} | {'yes' if item.is_expected else 'NO'} |")
-
-
-def report(runs: list[tuple[Recorded, list[Comparison]]]) -> dict[str, Any]:
-    """Every number, with what produced it."""
-    return {
-        "question": "Do our SFT and Bradley–Terry losses agree with TRL's trainers on the same batch?",
-        "tolerance": TOLERANCE,
-        "machine": f"{platform.system()} {platform.machine()}, CPU, {torch.get_num_threads()} thread(s), float32",
-        "versions_trl_half": versions("trl", "torch", "transformers", "accelerate", "datasets"),
-        "runs": [
-            {
-                "model": recorded.contents["model"],
-                "seed": recorded.contents["seed"],
-                "versions_our_half": recorded.contents["versions"],
-                "comparisons": [asdict(item) | {"is_expected": item.is_expected} for item in comparisons],
-            }
-            for recorded, comparisons in runs
-        ],
-    }
-
-
-def versions(*names: str) -> dict[str, str]:
-    """Installed versions, and Python's."""
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
+PARTS = {
+    "sft": compare_sft,
+    "reward": compare_reward,
+    "rloo": compare_rloo,
+    "grpo": compare_grpo,
+    "online_dpo": compare_online_dpo,
+    "ppo": compare_ppo,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
 """Every benchmark script runs at its smallest size, so that none rots."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,9 +29,17 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_trl_agreement_records_our_half(tmp_path: Path) -> None:
-    run("trl_agreement.py", "record", str(tmp_path / "recorded"))
+    directory = tmp_path / "recorded"
 
-    assert any((tmp_path / "recorded").rglob("*.safetensors"))
+    run("trl_agreement.py", "record", str(directory))
+
+    recorded = json.loads((directory / "ours.json").read_text())["rl"]
+    results, rows = recorded["results"], recorded["rows"]
+    assert results.keys() >= {"rloo", "proximal_rloo", "grpo", "dr_grpo", "online_dpo", "ppo", "ppo_as_trl_value"}
+    assert all((directory / f"{key}.safetensors").exists() for key in ("sft", "reward", *results))
+    assert all(math.isfinite(result["loss"]) and result["num_micro_batches"] > 1 for result in results.values())
+    assert len({len(row["token_ids"]) for row in rows}) > 3
+    assert {row["is_finished"] for row in rows} == {True, False}
 
 
 @pytest.mark.timeout(300)
