@@ -11,6 +11,7 @@ import pytest
 
 from tests.integration.conftest import ROOT, TOY_SETTINGS
 from tests.tiny import save_tiny_model
+from tests.tiny_rl import make_inputs
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -100,3 +101,27 @@ def test_the_crash_drill_finds_a_run_whole_after_three_faults(tmp_path: Path) ->
     assert all(fault["noticed"] and fault["recovered_s"] for fault in report["faults"])
     assert set(report["totals"]["must be 0"].values()) == {0}
     assert report["totals"]["counts"]["updates"] == 60 * len(report["campaigns"])
+
+
+def test_the_bytes_of_a_tiny_model_are_those_of_its_types(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+
+    run(
+        "memory.py",
+        *("--model", str(inputs.sft), "--reward", str(inputs.reward), "--out", str(tmp_path / "out.json")),
+        *("--algorithms", "ppo", "remax", "--trainable-layers", "all", "--updates", "2"),
+        *("--completions", "2", "--prompt-tokens", "6", "--completion-tokens", "5"),
+    )
+
+    report = json.loads((tmp_path / "out.json").read_text())
+    ppo, remax = (report["arms"]["all"][name] for name in ("ppo", "remax"))
+    assert ppo["bytes"].keys() - remax["bytes"].keys() == {"value model"}
+    policy = remax["bytes"]["policy"]
+    assert policy["trained_parameters"] == 26_880
+    # Besides a few scalars: weights, master weights and gradients in float32, two moments of each.
+    sizes = [policy[name] for name in ("weights", "copies", "gradients", "moments")]
+    assert sizes == pytest.approx([4 * 26_880, 4 * 26_880, 4 * 26_880, 8 * 26_880], abs=100)
+    assert remax["bytes"]["reward model"]["weights"] == pytest.approx(2 * 26_912, abs=100)
+    assert ppo["seconds"].keys() - remax["seconds"].keys() == {"values", "learn value"}
+    assert (ppo["scored_completions"], remax["scored_completions"]) == (2, 4)
+    assert report["computed_7b"]["paper"] == 0.4607  # (147.02 + 2 * 12.55) / (2 * 147.02 + 2 * 12.55) = 0.5393
