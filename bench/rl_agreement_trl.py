@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 from agreement import (
+    RL_TENSOR_TOLERANCE,
     Comparison,
     Gradients,
     Recorded,
@@ -158,7 +159,9 @@ def compare_arm(recorded: Recorded, arm: Arm, family: Family) -> Iterator[Compar
         label(arm.name, arm.same_loss), "loss", find_loss(recorded, arm.ours), update.loss, arm.same_loss
     )
     name = label(arm.name, arm.same_gradients)
-    yield from compare_gradients(name, recorded.tensors(arm.ours), update.gradients, arm.same_gradients)
+    yield from compare_gradients(
+        name, recorded.tensors(arm.ours), update.gradients, arm.same_gradients, tensor_tolerance=RL_TENSOR_TOLERANCE
+    )
     for name, key in arm.controls:
         yield from compare_gradients(f"control: {name}", recorded.tensors(key), update.gradients, should_agree=False)
 
@@ -231,7 +234,9 @@ def compare_loss(
 ) -> Iterator[Comparison]:
     """One of our losses and its gradients."""
     yield compare_numbers(name, "loss", find_loss(recorded, ours), update.loss, should_agree)
-    yield from compare_gradients(name, recorded.tensors(ours), update.gradients, should_agree)
+    yield from compare_gradients(
+        name, recorded.tensors(ours), update.gradients, should_agree, tensor_tolerance=RL_TENSOR_TOLERANCE
+    )
 
 
 def find_loss(recorded: Recorded, ours: str) -> float:
@@ -270,7 +275,7 @@ def compare_online_dpo(recorded: Recorded) -> Iterator[Comparison]:
     yield compare_numbers(arm, "loss", find_loss(recorded, "online_dpo_at_1"), update.loss)
     yield from compare_gradients(f"finding: {arm}", ours, update.gradients, should_agree=False)
     halved = {name: gradient / 2 for name, gradient in update.gradients.items()}
-    yield from compare_gradients(f"{arm}, TRL's gradient halved", ours, halved)
+    yield from compare_gradients(f"{arm}, TRL's gradient halved", ours, halved, tensor_tolerance=RL_TENSOR_TOLERANCE)
 
 
 def run_online_dpo(recorded: Recorded, loss_type: str, num_micro_batches: int) -> Update:
