@@ -25,7 +25,7 @@ def render_model_card(
     parts = [
         _front_matter(model),
         f"{MARK}\n# A policy trained by Slipstream",
-        f"{base}, fine-tuned on demonstrations and then by reinforcement learning against {_name_reward(metrics)}. "
+        f"{base}, fine-tuned on demonstrations and then by {_name_method(metrics)}. "
         "`generation_config.json` holds the distribution it was trained and judged with.",
         "## Licence\n\nThese weights derive from the base model, so its licence and terms of use apply to them, and "
         "those of the data it was tuned on. The default base model, SmolLM2-135M-Instruct, is Apache-2.0.",
@@ -47,8 +47,11 @@ def _name_base_model(model: ModelConfig) -> str:
             return f"[{repo}](https://huggingface.co/{repo}) at `{revision}`"
 
 
-def _name_reward(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    return "a rule" if metrics.get("reward", {}).get("kind") == "rule" else "a reward model"
+def _name_method(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    if metrics.get("policy", {}).get("samples_total") == 0:
+        return "offline DPO on labelled pairs"
+    is_rule = metrics.get("reward", {}).get("kind") == "rule"
+    return f"reinforcement learning against {'a rule' if is_rule else 'a reward model'}"
 
 
 def _front_matter(model: ModelConfig) -> str:
