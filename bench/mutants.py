@@ -96,16 +96,14 @@ MUTANTS = (
     Mutant("rloo.py", "baseline", "penalties - leave_one_out(penalties, inputs.groups)", "penalties"),
     Mutant("grpo.py", "scale", "advantages / (spread + EPSILON)", "advantages * (spread + EPSILON)"),
     Mutant("grpo.py", "baseline", "scores - group_mean(scores, groups)", "scores - scores.mean()"),
-    Mutant(
-        "reinforce_pp.py", "sign", "inputs.advantages - self.kl_coef * cost", "inputs.advantages + self.kl_coef * cost"
-    ),
+    Mutant("reinforce_pp.py", "sign", "returns - self.kl_coef * cost", "returns + self.kl_coef * cost"),
     Mutant(
         "reinforce_pp.py",
         "scale",
-        "whiten(inputs.advantages - self.kl_coef * cost, mask)",
-        "inputs.advantages - self.kl_coef * cost",
+        "whiten(returns, mask)",
+        "returns",
     ),
-    Mutant("ppo.py", "sign", "- self.kl_coef * kl", "+ self.kl_coef * kl"),
+    Mutant("ppo.py", "sign", "rewards - self.kl_coef * kl", "rewards + self.kl_coef * kl"),
     Mutant("ppo.py", "mask", "put_at_end(inputs.advantages[:, 0], mask)", "inputs.advantages"),
     Mutant("ppo.py", "shift", "torch.cat([values[:, 1:]", "torch.cat([values[:, :-1]"),
     Mutant("ppo.py", "sum", "delta + gamma * gae_lambda * running", "delta + gae_lambda * running"),
