@@ -39,7 +39,8 @@ def replay(recording: LedgerReader, training: Training, progress: Progress) -> N
 
     Args:
         recording: from `open_recording`.
-        training: the learner at version 0; its scorer and reference model are not used.
+        training: the learner at version 0; its scorer is not used, its reference model only by a loss
+            that needs whole distributions.
         progress: is filled as the recorded run filled its own.
     """
     evaluations = {

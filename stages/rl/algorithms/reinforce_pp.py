@@ -3,7 +3,8 @@
 Paper: Hu et al. 2025, arXiv:2501.03262, eq. 3–6. Each token's reward is −kl_coef · kl_it, plus the score at the last;
 its return is the sum from there on (γ = 1), and advantages are returns whitened over all tokens of the batch. With
 `baseline: group_mean` (the paper's REINFORCE++-baseline) the mean score of the prompt's samples is taken away first.
-Departures: the batch is the mini-batch of one update, K completions of each prompt; none else.
+Departures: the batch is the mini-batch of one update, K completions of each prompt. With either baseline the KL is
+in the reward; `kl_coef: 0` and `kl_loss_coef` put it in the loss.
 Shapes: N sampled completions; B completions, T completion tokens.
 """
 
