@@ -31,21 +31,24 @@ SEQUENCES = [TokenSequence((5, 6, 7), tuple(range(20, 20 + n))) for n in (3, 5, 
 NUM_TOKENS = sum(len(sequence.completion_ids) for sequence in SEQUENCES)
 NUM_UPDATES = 3
 Case = dict[str, Any]
-"""Settings of the learner; besides `max_tokens` of a micro-batch, a `resumed` checkpoint, and `is_poisoned`."""
+"""Settings of the learner; besides those of `EXTRA`."""
+EXTRA = ("max_tokens", "resumed", "is_poisoned", "is_shared")
+"""Size of a micro-batch, a checkpoint to go on from, whether the loss is not finite, whether prompts are shared."""
 Found = dict[str, Any]
 
 
 def train(ranks: Ranks, directory: Path, case: Case) -> Found:
     """Three updates: their metrics, what they gave, and a checkpoint after the first."""
     settings = {"lr": 1e-2, "dtype": "fp32", "warmup_fraction": 0.0, "weight_decay": 0.1, "num_ranks": ranks.size}
-    settings |= {name: value for name, value in case.items() if name not in ("max_tokens", "resumed", "is_poisoned")}
+    settings |= {name: value for name, value in case.items() if name not in EXTRA}
     config = LearnerConfig.model_validate(settings)
     make_model = functools.partial(load_sharded, directory / "model", config)
     learner = ranks.make_learner(make_model, config, NUM_UPDATES, directory)
     policy = Reference(learner.model, "fp32", 1.0)
     reference = Reference(learner.model, "fp32", 1.0, is_without_adapters=True)
     # Seven sequences cannot be shared evenly by two ranks or by four.
-    batches = split(case["max_tokens"]) if "max_tokens" in case else split(24, ranks.size)
+    share = case.get("is_shared", False)
+    batches = split(case["max_tokens"]) if "max_tokens" in case else split(24, ranks.size, share_prompts=share)
     if "resumed" in case:
         learner.load(directory / case["resumed"])
     metrics, loss = [], poison if case.get("is_poisoned") else compute_loss
@@ -86,9 +89,9 @@ def poison(model: PreTrainedModel, batch: SequenceBatch) -> tuple[Tensor, dict[s
     return loss * (float("nan") if dist.get_rank() else 1.0), metrics
 
 
-def split(max_tokens: int, num_ranks: int = 1) -> list[SequenceBatch]:
+def split(max_tokens: int, num_ranks: int = 1, *, share_prompts: bool = False) -> list[SequenceBatch]:
     groups = split_by_tokens([len(sequence) for sequence in SEQUENCES], max_tokens, num_ranks)
-    return [collate([SEQUENCES[index] for index in group]) for group in groups]
+    return [collate([SEQUENCES[index] for index in group], share_prompts=share_prompts) for group in groups]
 
 
 def main() -> None:

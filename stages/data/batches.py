@@ -4,13 +4,23 @@ Shapes: B sequences, S tokens of prompt and completion, T tokens of the longest 
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stages.data.text import TokenSequence
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Which rows have the same prompt. G prompts"""
+
+    rows: Tensor
+    """A row of each prompt. [G]"""
+    owner: Tensor
+    """The prompt of each row. [B]"""
 
 
 @dataclass(frozen=True)
@@ -27,13 +37,31 @@ class SequenceBatch:
     """True on completion tokens, the end-of-sequence token included. [B, T]"""
     prompt_lengths: Tensor
     """[B]"""
+    prompts: SharedPrompts | None = None
+    """None: every row is read whole."""
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Padded tokens of a forward pass."""
+        if self.prompts is None:
+            return self.input_ids.numel()
+        longest = int(self.prompt_lengths.max())
+        return len(self.prompts.rows) * longest + self.completion_ids.numel()
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
 
-def collate(sequences: Sequence[TokenSequence], device: torch.device | str = "cpu") -> SequenceBatch:
-    """Pad sequences to tensors. Padding is id 0 everywhere: nothing reads it, masks come from lengths."""
+def collate(
+    sequences: Sequence[TokenSequence], device: torch.device | str = "cpu", *, share_prompts: bool = False
+) -> SequenceBatch:
+    """Pad sequences to tensors. Padding is id 0 everywhere: nothing reads it, masks come from lengths.
+
+    Args:
+        sequences: the rows.
+        device: of the tensors.
+        share_prompts: read a prompt that several rows have only once.
+    """
     num_tokens = max(len(sequence) for sequence in sequences)
     num_completion_tokens = max(len(sequence.completion_ids) for sequence in sequences)
     input_ids = torch.zeros(len(sequences), num_tokens, dtype=torch.long)
@@ -50,7 +78,15 @@ def collate(sequences: Sequence[TokenSequence], device: torch.device | str = "cp
         completion_ids=completion_ids.to(device),
         completion_mask=(torch.arange(num_completion_tokens) < (lengths - prompt_lengths)[:, None]).to(device),
         prompt_lengths=prompt_lengths.to(device),
+        prompts=_find_shared(sequences, device) if share_prompts else None,
     )
+
+
+def _find_shared(sequences: Sequence[TokenSequence], device: torch.device | str) -> SharedPrompts:
+    number: dict[tuple[int, ...], int] = {}
+    owner = [number.setdefault(tuple(sequence.prompt_ids), len(number)) for sequence in sequences]
+    rows = [owner.index(prompt) for prompt in range(len(number))]
+    return SharedPrompts(torch.tensor(rows, device=device), torch.tensor(owner, device=device))
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
@@ -71,9 +107,57 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int, multiple_of: int = 
             groups.append([])
             longest = lengths[index]
         groups[-1].append(index)
+    # The longest sequence of a group comes first.
+    return _cut(groups, lambda group: len(group) * lengths[group[0]], multiple_of)
+
+
+@dataclass(frozen=True)
+class SharedSize:
+    """What a unit of training adds to a micro-batch that reads each prompt once."""
+
+    prompt: int
+    """Which prompt it is of."""
+    prompt_tokens: int
+    rows: int
+    """Completions that stay together, all of that prompt."""
+    completion_tokens: int
+    """Of the longest one."""
+
+
+def split_by_prompts(sizes: Sequence[SharedSize], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
+    """`split_by_tokens` for shared prompts: units of one prompt stay together as far as `max_tokens` lets them.
+
+    Args:
+        sizes: of the units.
+        max_tokens: padded tokens of one micro-batch, a prompt counted once. A larger unit has one of its own.
+        multiple_of: the number of micro-batches, as far as there are units for it.
+    """
+
+    def count(units: Sequence[int]) -> int:
+        members = [sizes[unit] for unit in units]
+        prompts = len({member.prompt for member in members}) * max(member.prompt_tokens for member in members)
+        return prompts + sum(member.rows for member in members) * max(member.completion_tokens for member in members)
+
+    of_prompt: dict[int, list[int]] = {}
+    for unit, size in enumerate(sizes):
+        of_prompt.setdefault(size.prompt, []).append(unit)
+    groups: list[list[int]] = []
+    for units in sorted(of_prompt.values(), key=lambda units: (-count(units), units[0])):
+        if groups and count([*groups[-1], *units]) <= max_tokens:
+            groups[-1] += units
+            continue
+        groups.append([])
+        for unit in units:
+            if groups[-1] and count([*groups[-1], unit]) > max_tokens:
+                groups.append([])
+            groups[-1].append(unit)
+    return _cut(groups, count, multiple_of)
+
+
+def _cut(groups: list[list[int]], count: Callable[[list[int]], int], multiple_of: int) -> list[list[int]]:
+    """Halve the group of most tokens until the number of groups is a multiple, or no group can be halved."""
     while len(groups) % multiple_of and any(len(group) > 1 for group in groups):
-        # The one of most tokens is cut in two; the longest sequence of a group comes first.
-        place = max(range(len(groups)), key=lambda i: (len(groups[i]) > 1, len(groups[i]) * lengths[groups[i][0]]))
+        place = max(range(len(groups)), key=lambda i: (len(groups[i]) > 1, count(groups[i])))
         group = groups[place]
         groups[place : place + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
     return groups

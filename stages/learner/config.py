@@ -56,6 +56,12 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     """Keep only what enters a transformer block and compute the rest again in the backward pass: less memory, a third
     more work."""
+    share_prompts: Literal["auto", "off"] = "auto"
+    """auto: completions of one prompt read it once where the model's layers all look back without limit, and neither
+    gradient_checkpointing nor compile stands in the way. Results differ by rounding only."""
+    compile: bool = False
+    """Compile each transformer block with torch.compile: minutes at the start, and it needs a C++ compiler; worth it
+    on GPUs."""
     lora: LoraConfig | None = None
     """Train low-rank adapters in place of the weights; exported models have them merged in."""
 
@@ -69,6 +75,15 @@ class LearnerConfig(Section):
                     f"learner.{name}='cpu' with learner.zero_stage={self.zero_stage}: it works with stage {allowed}; "
                     f"set learner.zero_stage to {least} or learner.{name} to 'none'"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def check_compiling(self) -> Self:
+        """DeepSpeed brings a shared-out weight from hooks that a compiled block does not run."""
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "learner.compile=True with learner.zero_stage=3: it works with stages 0 to 2; set one of the two"
+            )
         return self
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from stages.common.errors import InputError
 from stages.data.batches import SequenceBatch
 from stages.learner.lora import adapters_off
+from stages.learner.shared_prompts import read_shared
 from stages.models.sharding import call_as_forward
 
 CHUNK = 256
@@ -41,7 +42,11 @@ def compute_logprobs(model: PreTrainedModel, batch: SequenceBatch, temperature: 
 
 def select_predictors(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
     """Hidden state before each completion token: the one that predicts it. [N, H]"""
-    hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    if batch.prompts is not None:
+        return read_shared(model, batch)[batch.completion_mask]
+    hidden = model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state  # [B, S, H]
     rows, columns = torch.nonzero(batch.completion_mask, as_tuple=True)
     predictors: Tensor = hidden[rows, batch.prompt_lengths[rows] + columns - 1]
     return predictors
@@ -205,4 +210,6 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 def _log_softmax(rows: Tensor, weight: Tensor, temperature: float) -> Tensor:
     # Upcast before the softmax: differences of bf16 log-probabilities are mostly rounding.
-    return nn.functional.log_softmax((rows @ weight.T).float() / temperature, dim=-1)
+    logits = (rows @ weight.T).float()  # [C, V]
+    # Dividing by 1 would cost as much as a tenth of an update.
+    return nn.functional.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)

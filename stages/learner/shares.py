@@ -47,10 +47,10 @@ def split_evenly(sizes: Sequence[int], num_ranks: int) -> list[Share]:
 def measure(batch: object) -> int:
     """Padded tokens of a micro-batch: a `SequenceBatch`, or a record that holds one."""
     if isinstance(batch, SequenceBatch):
-        return batch.input_ids.numel()
+        return batch.num_computed_tokens
     assert dataclasses.is_dataclass(batch)
     return sum(
-        value.input_ids.numel()
+        value.num_computed_tokens
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), SequenceBatch)
     )

@@ -88,3 +88,6 @@ def _make_trainable(model: PreTrainedModel, config: LearnerConfig, setting: str)
         # dropout stays off.
         for block in find_blocks(model):
             block.training = True
+    if config.compile:
+        for block in find_blocks(model):
+            block.compile(dynamic=True)

@@ -15,6 +15,7 @@ from stages.rl.ledger.reader import LedgerReader, RecordedUpdate
 from stages.rl.ledger.schema import TrainedRow
 from stages.rl.records import Totals
 from stages.rl.rollouts import (
+    Budget,
     Lookups,
     Member,
     MicroBatch,
@@ -86,6 +87,8 @@ class Preparation:
     """The value model as it is, if the algorithm needs one."""
     ranks: Ranks = ALONE
     """That have these models."""
+    share_prompts: bool = False
+    """Whether a prompt is read once for all its completions in a micro-batch."""
 
     def score(self, sampled: Sequence[Sampled]) -> list[float]:
         """One score per completion, group after group."""
@@ -112,7 +115,8 @@ class Preparation:
         completions = [completion for group in groups for completion in group]
         tickets = [item.ticket.number for item in sampled for _ in item.group]
         reference = _reference_logprobs(sampled)
-        split = split_units(completions, tickets, units, reference, self.max_tokens, self.ranks.size)
+        budget = Budget(self.max_tokens, self.ranks.size, self.share_prompts)
+        split = split_units(completions, tickets, units, reference, budget)
         micro_batches, shaping = self.build(split)
         layout = list(zip(split, micro_batches, strict=True))
         rows = [_describe(item, completion, place) for item in sampled for completion in item.group]
@@ -131,7 +135,8 @@ class Preparation:
             self.learner if self.algorithm.needs_proximal else None,
             self.value if self.algorithm.value_model else None,
         )
-        return complete_advantages(build_micro_batches(split, lookups, self.ranks), self.algorithm)
+        micro_batches = build_micro_batches(split, lookups, self.ranks, share_prompts=self.share_prompts)
+        return complete_advantages(micro_batches, self.algorithm)
 
     def _add_units(
         self, rows: Sequence[TrainedRow], layout: Sequence[tuple[Sequence[Member], MicroBatch]]

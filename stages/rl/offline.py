@@ -31,6 +31,7 @@ from stages.learner.engine import Learner, LossFunction, compute_type
 from stages.learner.epochs import LogMetrics
 from stages.learner.launch import open_ranks
 from stages.learner.ranks import Ranks
+from stages.learner.shared_prompts import shares_prompts
 from stages.learner.trainable import load_trained_policy
 from stages.models.load import list_devices
 from stages.models.sharding import call_as_forward
@@ -268,7 +269,13 @@ class OfflineLoop:
 
     def _build(self, pairs: list[PairExample]) -> list[PairBatch]:
         with self._timeline.span(LEARNER, "reference", self.learner.updates):
-            return build_pair_batches(pairs, self._reference, self._config.learner.micro_batch_tokens, self._ranks)
+            return build_pair_batches(
+                pairs,
+                self._reference,
+                self._config.learner.micro_batch_tokens,
+                self._ranks,
+                share_prompts=shares_prompts(self._config.learner, self.learner.model),
+            )
 
     def _loss_over(self, num_pairs: int) -> LossFunction[PairBatch]:
         return functools.partial(

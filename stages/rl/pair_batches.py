@@ -61,7 +61,12 @@ class PairBatch:
 
 
 def build_pair_batches(
-    pairs: Sequence[PairExample], reference: Reference, max_tokens: int, ranks: Ranks = ALONE
+    pairs: Sequence[PairExample],
+    reference: Reference,
+    max_tokens: int,
+    ranks: Ranks = ALONE,
+    *,
+    share_prompts: bool = False,
 ) -> list[PairBatch]:
     """Micro-batches of pairs of similar length.
 
@@ -71,14 +76,16 @@ def build_pair_batches(
             both say the same to the last bit.
         max_tokens: padded tokens of a micro-batch. A longer pair has one of its own.
         ranks: that have the reference.
+        share_prompts: a pair's prompt is read once.
     """
     groups = split_by_tokens([2 * len(pair) for pair in pairs], max_tokens, ranks.size)
-    batches = [_collate([pairs[index] for index in group]) for group in groups]
+    batches = [_collate([pairs[index] for index in group], share_prompts) for group in groups]
     return [PairBatch(*item) for item in zip(batches, ranks.map(reference.compute, batches), strict=True)]
 
 
-def _collate(pairs: Sequence[PairExample]) -> SequenceBatch:
-    return collate([side for pair in pairs for side in (pair.chosen, pair.rejected)], select_device())
+def _collate(pairs: Sequence[PairExample], share_prompts: bool) -> SequenceBatch:
+    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    return collate(sides, select_device(), share_prompts=share_prompts)
 
 
 def compute_batch_loss(

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from stages.common.metrics import Mean
-from stages.data.batches import SequenceBatch, collate, split_by_tokens
+from stages.data.batches import SequenceBatch, SharedSize, collate, split_by_prompts, split_by_tokens
 from stages.data.records import Completion
 from stages.data.text import TokenSequence
 from stages.generation.protocol import Group
@@ -94,17 +94,41 @@ class Lookups:
     value: ValueModel | None = None
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How large micro-batches are, and what fills them."""
+
+    max_tokens: int
+    """Padded tokens of a micro-batch."""
+    num_ranks: int = 1
+    """The number of micro-batches is a multiple of it where there are units enough."""
+    share_prompts: bool = False
+    """A prompt is read once for all its completions in a micro-batch."""
+
+
 def split_units(
     completions: Sequence[Completion],
     groups: Sequence[int],
     units: Sequence[Unit],
     reference_logprobs: Sequence[tuple[float, ...] | None],
-    max_tokens: int,
-    num_ranks: int = 1,
+    budget: Budget,
 ) -> list[list[Member]]:
-    """The rows of each micro-batch: units of similar length together, at most `max_tokens` padded tokens each."""
-    lengths = [
-        len(unit.rows) * max(len(completions[row].prompt_ids) + len(completions[row].token_ids) for row in unit.rows)
+    """The rows of each micro-batch: units of similar length together, or those of the same prompts.
+
+    Args:
+        completions: of the mini-batch.
+        groups: ticket of each one's prompt.
+        units: what is trained on together.
+        reference_logprobs: of each completion, as far as they are known.
+        budget: of a micro-batch.
+    """
+    sizes = [
+        SharedSize(
+            prompt=groups[unit.rows[0]],
+            prompt_tokens=len(completions[unit.rows[0]].prompt_ids),
+            rows=len(unit.rows),
+            completion_tokens=max(len(completions[row].token_ids) for row in unit.rows),
+        )
         for unit in units
     ]
     return [
@@ -113,25 +137,40 @@ def split_units(
             for number in numbers
             for row, advantage in _rows_of(units[number])
         ]
-        for numbers in split_by_tokens(lengths, max_tokens, num_ranks)
+        for numbers in _split(sizes, budget)
     ]
+
+
+def _split(sizes: Sequence[SharedSize], budget: Budget) -> list[list[int]]:
+    """Numbers of the units in each micro-batch."""
+    if budget.share_prompts:
+        return split_by_prompts(sizes, budget.max_tokens, budget.num_ranks)
+    lengths = [size.rows * (size.prompt_tokens + size.completion_tokens) for size in sizes]
+    return split_by_tokens(lengths, budget.max_tokens, budget.num_ranks)
 
 
 def _rows_of(unit: Unit) -> Iterator[tuple[int, float | None]]:
     yield from zip(unit.rows, unit.advantages or (None,) * len(unit.rows), strict=True)
 
 
-def build_micro_batches(split: Sequence[Sequence[Member]], lookups: Lookups, ranks: Ranks = ALONE) -> list[MicroBatch]:
+def build_micro_batches(
+    split: Sequence[Sequence[Member]], lookups: Lookups, ranks: Ranks = ALONE, *, share_prompts: bool = False
+) -> list[MicroBatch]:
     """Tensors of every micro-batch; advantages are those of the scores alone.
 
     Args:
         split: rows of each micro-batch.
         lookups: models that fill in what rows do not bring.
         ranks: that have these models.
+        share_prompts: a prompt is read once for all its completions in a micro-batch, if any has several.
     """
+    prompts = [item.group for members in split for item in members]
+    share_prompts = share_prompts and len(set(prompts)) < len(prompts)  # the same for all: ranks make the same calls
     batches = [
         collate(
-            [TokenSequence(item.completion.prompt_ids, item.completion.token_ids) for item in members], select_device()
+            [TokenSequence(item.completion.prompt_ids, item.completion.token_ids) for item in members],
+            select_device(),
+            share_prompts=share_prompts,
         )
         for members in split
     ]

@@ -24,6 +24,7 @@ from stages.learner.checkpoint import find_checkpoint
 from stages.learner.engine import Learner
 from stages.learner.launch import open_ranks
 from stages.learner.ranks import Ranks
+from stages.learner.shared_prompts import shares_prompts
 from stages.learner.trainable import load_trained_policy, load_trained_reward
 from stages.models.load import list_devices, load_tokenizer
 from stages.rl.algorithm_config import PpoConfig
@@ -269,6 +270,7 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
         max_tokens=max_tokens,
         value=None if value_learner is None else ValueModel(value_learner.model, dtype),
         ranks=ranks,
+        share_prompts=shares_prompts(config.learner, *(item.model for item in (learner, value_learner) if item)),
     )
     return Training(
         learner=learner,

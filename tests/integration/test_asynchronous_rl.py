@@ -30,7 +30,7 @@ from stages.rl.ledger.checks.run import check_ledger
 from stages.rl.ledger.reader import read_ledger
 from stages.rl.prompts import PromptStream
 from stages.rl.records import Totals
-from stages.rl.rollouts import Lookups, Reference, build_micro_batches, build_rollout, compute_loss, split_units
+from stages.rl.rollouts import Budget, Lookups, Reference, build_micro_batches, build_rollout, compute_loss, split_units
 from stages.rl.scorer import resolve_missing_eos_score, score_completions
 from stages.scoring.reward import RewardScorer, read_sft_range
 from tests import tiny_rl
@@ -88,10 +88,11 @@ def train_synchronously(directory: Path) -> dict[str, torch.Tensor]:
         completions = [completion for group in groups for completion in group]
         scores = score_completions(scorer, completions, missing_eos)
         units, _ = algorithm.select(build_rollout(groups, scores))
-        none, max_tokens = [None] * len(completions), config.learner.micro_batch_tokens
-        split = split_units(completions, [0] * len(completions), units, none, max_tokens)
+        tickets = [number for number, group in enumerate(groups) for _ in group]
+        budget = Budget(config.learner.micro_batch_tokens, share_prompts=True)
+        split = split_units(completions, tickets, units, [None] * len(completions), budget)
         loss = functools.partial(compute_loss, algorithm=algorithm, totals=Totals(len(units), 0), reference=reference)
-        learner.update(build_micro_batches(split, Lookups(reference)), loss)
+        learner.update(build_micro_batches(split, Lookups(reference), share_prompts=True), loss)
         target = directory / f"sync-{update}"
         shutil.copytree(paths.sft, target)
         save_file(collect_weights(learner.model), target / "model.safetensors", metadata={"format": "pt"})

@@ -26,6 +26,8 @@ SHARED: list[Case] = [{"zero_stage": stage} | lora for lora in ({}, LORA) for st
 ON_TWO: list[Case] = [
     *SHARED,
     {"zero_stage": 2, "max_tokens": 1},  # seven micro-batches: one of the ranks repeats one of them
+    {"zero_stage": 3, "is_shared": True},
+    {"zero_stage": 3, "is_shared": True} | LORA,
     {"zero_stage": 3, "gradient_checkpointing": True},
     {"zero_stage": 3, "gradient_checkpointing": True} | LORA,
     {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},

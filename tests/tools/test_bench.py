@@ -180,3 +180,20 @@ def test_ranks_say_what_they_hold(tmp_path: Path) -> None:
     assert (len(alone["held_bytes"]), len(two["held_bytes"])) == (1, 2)
     assert alone["parameters"] == two["parameters"] > 20_000
     assert two["update_s"] > 0
+
+
+def test_throughput_compares_updates_that_agree(tmp_path: Path) -> None:
+    model, out = save_tiny_model(tmp_path / "tiny"), tmp_path / "throughput.json"
+
+    run(
+        "throughput.py",
+        *("--model", str(model), "--prompts", "2", "--rounds", "1", "--arms", "0", "3", "--layers", "1"),
+        *("--dtype", "fp32", "--out", str(out)),
+    )
+
+    arms = json.loads(out.read_text())["arms"]
+    assert arms.keys() == {"rloo, 1 layers, 37 + 24 tokens", "online_dpo, all layers, 37 + 24 tokens"}
+    for arm in arms.values():
+        ours, plain = arm["first"]["ours"], arm["first"]["plain eager"]
+        assert ours == pytest.approx(plain, rel=1e-3)
+        assert arm["ratio"] > 0

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.data.batches import collate, length_grouped_batches, split_by_tokens
+from stages.data.batches import SharedSize, collate, length_grouped_batches, split_by_prompts, split_by_tokens
 from stages.data.text import TokenSequence
 
 
@@ -33,3 +33,38 @@ def test_an_epoch_uses_every_example_once_in_an_order_of_its_seed(lengths: list[
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     assert all(len(batch) <= size for batch in batches)
     assert batches == list(length_grouped_batches(lengths, size, seed))
+
+
+shared_sizes = st.lists(
+    st.builds(
+        lambda prompt, rows, tokens: SharedSize(prompt, 5 + 7 * prompt, rows, tokens),
+        st.integers(0, 4),
+        st.integers(1, 2),
+        st.integers(1, 20),
+    ),
+    min_size=1,
+    max_size=24,
+)
+
+
+@given(sizes=shared_sizes, max_tokens=st.integers(1, 200), num_ranks=st.integers(1, 4))
+def test_units_of_one_prompt_stay_together_within_the_budget(
+    sizes: list[SharedSize], max_tokens: int, num_ranks: int
+) -> None:
+    alone, groups = split_by_prompts(sizes, max_tokens), split_by_prompts(sizes, max_tokens, num_ranks)
+
+    assert sorted(unit for group in groups for unit in group) == list(range(len(sizes)))
+    for group in groups:
+        members = [sizes[unit] for unit in group]
+        prompts = {member.prompt: member.prompt_tokens for member in members}
+        rows = sum(member.rows for member in members)
+        padded = len(prompts) * max(prompts.values()) + rows * max(member.completion_tokens for member in members)
+        assert padded <= max_tokens or len(group) == 1
+    assert len(groups) % num_ranks == 0 or all(len(group) == 1 for group in groups)
+    for prompt in {size.prompt for size in sizes}:
+        members = [size for size in sizes if size.prompt == prompt]
+        whole = members[0].prompt_tokens + sum(size.rows for size in members) * max(
+            m.completion_tokens for m in members
+        )
+        holders = [group for group in alone if any(sizes[unit].prompt == prompt for unit in group)]
+        assert len(holders) == 1 or whole > max_tokens

@@ -19,6 +19,10 @@ from stages.learner.config import LearnerConfig
             "learner.offload_parameters='cpu' with learner.zero_stage=2: it works with stage 3; set "
             "learner.zero_stage to 3 or learner.offload_parameters to 'none'",
         ),
+        (
+            {"compile": True, "zero_stage": 3},
+            "learner.compile=True with learner.zero_stage=3: it works with stages 0 to 2",
+        ),
         ({"num_ranks": 0}, "Input should be greater than 0"),
         ({"lora": {"dropout": 0.1}}, "Extra inputs are not permitted"),
     ],

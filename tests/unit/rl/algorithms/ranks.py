@@ -27,7 +27,7 @@ from stages.rl.algorithms.dpo import compute_pair_loss
 from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.mini_batch import Preparation
 from stages.rl.records import Totals
-from stages.rl.rollouts import Member, Reference, build_rollout, compute_loss, split_units
+from stages.rl.rollouts import Budget, Member, Reference, build_rollout, compute_loss, split_units
 from tests.fakes import make_completion
 from tests.tiny import tiny_llama
 from tests.unit.rl.algorithms.cases import VARIANTS, Case, Part, draw_case, make
@@ -133,7 +133,7 @@ def _split_members(algorithm: Algorithm) -> list[list[Member]]:
     completions = [completion for group in groups for completion in group]
     units, _ = algorithm.select(build_rollout(groups, torch.randn(len(completions), generator=g).tolist()))
     tickets = [number for number, group in enumerate(groups) for _ in group]
-    (members,) = split_units(completions, tickets, units, [None] * len(completions), max_tokens=10_000)
+    (members,) = split_units(completions, tickets, units, [None] * len(completions), Budget(10_000))
     # Values as a value model would give them; other algorithms do not look.
     members = [replace(item, values=_draw(len(item.completion.token_ids), g)) for item in members]
     cut = -(-3 * len(units) // NUM_PROMPTS)
