@@ -49,6 +49,7 @@ ALGORITHM_SETTINGS: dict[str, Any] = {
     "online_dpo": OnlineDpoConfig(name="online_dpo"),
 }
 NUM_SAMPLES = 4
+"""Of each prompt. RLOO trains on all of them, online DPO on two."""
 TARGET = 1.3
 LR, CLIP, BETA = 1e-7, 1.0, 0.1
 TOLERANCE = 0.03
@@ -64,6 +65,8 @@ class Arm:
     """all, or how many of the top ones are trained."""
     prompt_tokens: int
     completion_tokens: int
+    prompts: int
+    """Of an update."""
 
     @property
     def key(self) -> str:
@@ -71,12 +74,12 @@ class Arm:
 
 
 ARMS = [
-    Arm(algorithm, layers, *tokens)
-    for tokens in ((37, 24), (40, 48), (256, 48))
+    Arm(algorithm, layers, *shape)
+    for shape in ((37, 24, 16), (256, 48, 4))
     for algorithm in ALGORITHM_SETTINGS
     for layers in ("12", "all")
 ]
-"""37 + 24 are the means of the default task, 40 + 48 its longest, 256 + 48 those of a summary."""
+"""37 + 24 tokens are the means of the default task; 256 + 48 are a document and its summary."""
 
 
 def main() -> None:
@@ -86,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="arms that are in the file are not run again")
-    parser.add_argument("--prompts", type=int, default=16, help=f"of an update, with {NUM_SAMPLES} samples each")
+    parser.add_argument("--prompts", type=int, help="of an update, in place of each arm's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
@@ -100,6 +103,7 @@ def main() -> None:
         arm = ARMS[place]
         if options.layers and arm.layers != "all":
             arm = dataclasses.replace(arm, layers=options.layers)
+        arm = dataclasses.replace(arm, prompts=options.prompts or arm.prompts)
         if arm.key not in report["arms"]:
             report["arms"][arm.key] = measure(arm, options)
             report |= {"target": TARGET, "commit": git("rev-parse", "HEAD"), "machine": describe_machine()}
@@ -112,7 +116,7 @@ def main() -> None:
 def measure(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every round by arm, the ratios and their median."""
     torch.set_num_threads(options.threads)
-    sampled, scores = draw_batch(arm, options.prompts)
+    sampled, scores = draw_batch(arm)
     layers = arm.layers if arm.layers == "all" else int(arm.layers)
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         steps = {
@@ -129,11 +133,11 @@ def measure(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
         "seconds": rounds,
         "ratios": ratios,
         "ratio": statistics.median(ratios),
-        "completions_per_s": options.prompts * NUM_SAMPLES / statistics.median(row["ours"] for row in rounds),
+        "completions_per_s": arm.prompts * NUM_SAMPLES / statistics.median(row["ours"] for row in rounds),
     }
 
 
-def draw_batch(arm: Arm, num_prompts: int) -> tuple[list[Sampled], list[float]]:
+def draw_batch(arm: Arm) -> tuple[list[Sampled], list[float]]:
     """Groups of random tokens, with random scores and reference log-probabilities."""
     generator = torch.Generator().manual_seed(0)
 
@@ -141,7 +145,7 @@ def draw_batch(arm: Arm, num_prompts: int) -> tuple[list[Sampled], list[float]]:
         return tuple(torch.randint(0, 250, (num,), generator=generator).tolist())
 
     sampled, scores = [], []
-    for number in range(num_prompts):
+    for number in range(arm.prompts):
         request = Request(str(number), draw(arm.prompt_tokens), seed=number)
         ids = [draw(arm.completion_tokens) for _ in range(NUM_SAMPLES)]
         group = tuple(make_completion(request, index, False, tokens, -9.0) for index, tokens in enumerate(ids))
