@@ -41,7 +41,9 @@ def compute_logprobs(model: PreTrainedModel, batch: SequenceBatch, temperature: 
 
 def select_predictors(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
     """Hidden state before each completion token: the one that predicts it. [N, H]"""
-    hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    # A cache would be for later tokens, and GPT-2's is filled again where blocks are computed twice.
+    outputs = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    hidden = outputs.last_hidden_state
     rows, columns = torch.nonzero(batch.completion_mask, as_tuple=True)
     predictors: Tensor = hidden[rows, batch.prompt_lengths[rows] + columns - 1]
     return predictors

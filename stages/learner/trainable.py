@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.learner.config import LearnerConfig
@@ -88,3 +89,11 @@ def _make_trainable(model: PreTrainedModel, config: LearnerConfig, setting: str)
         # dropout stays off.
         for block in find_blocks(model):
             block.training = True
+            _drop_nothing(block)
+
+
+def _drop_nothing(block: nn.Module) -> None:
+    """OPT's blocks draw dropout themselves, by a number of theirs, and not by a module that is in evaluation mode."""
+    for name, value in list(vars(block).items()):
+        if "dropout" in name and isinstance(value, float):
+            setattr(block, name, 0.0)
