@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DistilBertConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -17,6 +18,8 @@ from stages.plan.architecture import find_known
 from tests.tiny import CHAT_TEMPLATE
 
 CONTEXT = 320
+CLASSIFIER_CONTEXT = 12
+"""Shorter than prompt and completion, so that they are cut."""
 NUM_UNUSED_ROWS = 5
 """Embeddings without a token, as models have whose vocabulary was rounded up."""
 _NAMES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "max_position_embeddings": CONTEXT}
@@ -59,6 +62,30 @@ def save_toy_model(
         return save(AutoModelForCausalLM.from_config(config), tokenizer, path, seed)
     config.num_labels = num_labels
     return save(AutoModelForSequenceClassification.from_config(config), tokenizer, path, seed)
+
+
+def save_toy_classifier(path: Path, seed: int = 0) -> Path:
+    """A sentiment classifier, DistilBERT as such ones often are, whose tokens are letters and so none of a policy's."""
+    symbols = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(chr(number) for number in range(97, 123))]
+    tokenizer = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(symbols)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    config = DistilBertConfig(
+        vocab_size=len(symbols),
+        dim=32,
+        hidden_dim=64,
+        n_layers=2,
+        n_heads=4,
+        max_position_embeddings=CLASSIFIER_CONTEXT,
+    )
+    config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
+    return save(AutoModelForSequenceClassification.from_config(config), fast, path, seed)
 
 
 def make_config(known: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from stages.models.config import HubSource, ModelConfig, PackageSource
-from tests.toy_models import save_toy_model
+from tests.toy_models import save_toy_classifier, save_toy_model
 
 ROOT = Path(__file__).parents[1]
 STAGES = tuple(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
@@ -42,6 +42,8 @@ def make_toy_recipe(recipe: Path, directory: Path) -> None:
     save_toy_model(_name(model), directory / "inputs/model/base", with_template=with_template)
     if gold := find_gold(params):
         save_toy_model(_name(model), directory / gold, seed=1, with_template=with_template, num_labels=1)
+    if classifier := params["reward"].get("classifier"):
+        save_toy_classifier(directory / classifier["path"], seed=2)
     write_rows(params["data"]["task"], directory)
     shrink(params)
     (directory / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

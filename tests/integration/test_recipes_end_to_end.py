@@ -19,12 +19,13 @@ import yaml
 from safetensors.torch import load_file
 
 from stages.common.entry import QUIET_DEFAULTS
+from stages.common.process import free_port
 from stages.rl.ledger.checks.run import check_ledger
 from tests.integration.conftest import TIMEOUT_S
 from tests.toy_recipes import ROOT, run_toy_recipe
 
 RECIPES = {path.name.removesuffix(".yaml"): path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
-ON_TWO_RANKS = "tldr_pythia_410m"
+ON_TWO_RANKS, WITH_RULE = "tldr_pythia_410m", "gsm8k_rho_1b"
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,7 @@ def worker(directory: Path) -> Iterator[ProcessPoolExecutor]:
 def test_a_recipe_trains_from_its_base_model_to_the_judge(
     directory: Path, worker: ProcessPoolExecutor, recipe: str
 ) -> None:
-    path = directory / recipe
-
-    worker.submit(run_toy_recipe, RECIPES[recipe], path).result(TIMEOUT_S)
+    path = run(directory, worker, recipe)
 
     params = yaml.safe_load((path / "params.yaml").read_text())
     assert_trained(path, "base", "sft")
@@ -65,27 +64,58 @@ def test_a_recipe_trains_from_its_base_model_to_the_judge(
     assert_judged(path, params)
 
 
-@pytest.mark.usefixtures("worker")
-def test_a_recipe_of_another_architecture_than_llama_trains_on_two_ranks(directory: Path) -> None:
-    path = directory / "two_ranks"
-    shutil.copytree(directory / ON_TWO_RANKS, path, symlinks=True)
-    params = yaml.safe_load((path / "params.yaml").read_text())
-    params["rl"]["learner"] |= {"num_ranks": 2, "zero_stage": 3}
-    (path / "params.yaml").write_text(yaml.safe_dump(params))
+def test_a_recipe_of_another_architecture_than_llama_trains_on_two_ranks(
+    directory: Path, worker: ProcessPoolExecutor
+) -> None:
+    path = copy(run(directory, worker, ON_TWO_RANKS), "rl", {"num_ranks": 2, "zero_stage": 3})
     shutil.rmtree(path / "artifacts/policy_last")
 
+    run_in(path, "-m", "stages.train_policy")
+
+    assert_trained(path, "sft", "policy_last")
+    assert [violation for check in check_ledger(path / "artifacts/ledger") for violation in check.violations] == []
+
+
+def test_ranks_of_a_launcher_do_not_wait_for_a_reward_model_where_a_rule_is(
+    directory: Path, worker: ProcessPoolExecutor
+) -> None:
+    path = copy(run(directory, worker, WITH_RULE), "reward", {"num_ranks": 2})
+    rule = (path / "artifacts/reward/rule.json").rename(path / "rule.json").read_bytes()
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+
+    run_in(path, *launcher, f"--master-port={free_port()}", "-m", "stages.train_reward")
+
+    assert (path / "artifacts/reward/rule.json").read_bytes() == rule
+
+
+def run(directory: Path, worker: ProcessPoolExecutor, recipe: str) -> Path:
+    """Where the recipe has run, now or for an earlier test."""
+    path = directory / recipe
+    if not path.exists():
+        worker.submit(run_toy_recipe, RECIPES[recipe], path).result(TIMEOUT_S)
+    return path
+
+
+def copy(path: Path, section: str, learner: dict[str, Any]) -> Path:
+    """A copy with other settings of a section's learner."""
+    target = path.with_name(f"{path.name}-{section}")
+    shutil.copytree(path, target, symlinks=True)
+    params = yaml.safe_load((target / "params.yaml").read_text())
+    params[section]["learner"] |= learner
+    (target / "params.yaml").write_text(yaml.safe_dump(params))
+    return target
+
+
+def run_in(path: Path, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "stages.train_policy"],
+        [sys.executable, *arguments],
         cwd=path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
     )
-
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_trained(path, "sft", "policy_last")
-    assert [violation for check in check_ledger(path / "artifacts/ledger") for violation in check.violations] == []
 
 
 def assert_trained(path: Path, before: str, after: str) -> None:
@@ -112,6 +142,8 @@ def assert_judged(path: Path, params: dict[str, Any]) -> None:
     assert judge["gold_win_rate"] is not None if has_gold else judge["gold_win_rate"] is None
     assert math.isfinite(judge["kl_nats"])
     assert ("pass_at_1_policy" in judge) == is_rule
+    assert (path / "artifacts/reward/rule.json").is_file() == is_rule
+    assert (path / "artifacts/reward/classifier.json").is_file() == ("classifier" in params["reward"])
 
 
 def read_metrics(path: Path, stage: str) -> dict[str, Any]:
