@@ -11,7 +11,7 @@ from stages.learner.config import LearnerConfig
 from stages.learner.engine import Learner
 from stages.learner.logprobs import require_plain_head
 from stages.learner.lora import add_adapters
-from stages.models.load import find_blocks, freeze, load_policy, move, save_model, select_device, select_trainable
+from stages.models.load import find_blocks, load_policy, move, save_model, select_trainable
 from stages.models.reward_model import init_reward_model, load_reward_model
 
 
@@ -46,13 +46,6 @@ def load_trained_reward(path: Path, config: LearnerConfig, setting: str, head_se
         model = init_reward_model(path, torch.float32, head_seed)
     _make_trainable(model, config, setting)
     model.score.requires_grad_(True)
-    return model
-
-
-def load_frozen_policy(path: Path) -> PreTrainedModel:
-    """The SFT model as a reference, in float32 on this rank's device."""
-    model = move(load_policy(path, torch.float32), select_device())
-    freeze(model)
     return model
 
 

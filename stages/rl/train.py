@@ -254,7 +254,7 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
     make_model = functools.partial(load_trained_policy, inputs.sft, config.learner, SETTING)
     learner = ranks.make_learner(make_model, config.learner, config.num_updates, setting.workdir)
     policy = Reference(learner.model, config.learner.dtype, setting.generation.temperature)
-    references = ReferenceSource(ranks, inputs.sft, policy, with_adapters=config.learner.lora is not None)
+    references = ReferenceSource(ranks, inputs.sft, policy, config.learner)
     is_replayed = config.replay_from is not None
     value_learner = _make_value_learner(setting, ranks)
     dtype, max_tokens = config.learner.dtype, config.learner.micro_batch_tokens
