@@ -84,10 +84,13 @@ def _check_combinations(path: Path) -> list[str]:
             f"rl.num_eval_prompts={rl.num_eval_prompts} exceeds "
             f"data.num_validation_prompts={data.num_validation_prompts}"
         )
-    if isinstance(data.task.scorers()[0], RuleScorer):
+    reward = load_section("reward", RewardConfig, path)
+    if isinstance(data.task.scorers()[0], RuleScorer) and reward.classifier is not None:
+        problems.append("reward.classifier: the task has a rule, which RL trains on; set it to null")
+    if isinstance(data.task.scorers()[0], RuleScorer) or reward.classifier is not None:
         return problems  # no reward model is trained
     longest = generation.max_prompt_tokens + generation.max_new_tokens
-    max_tokens = load_section("reward", RewardConfig, path).max_tokens
+    max_tokens = reward.max_tokens
     if max_tokens < longest:
         problems.append(
             f"reward.max_tokens={max_tokens} is below generation.max_prompt_tokens + generation.max_new_tokens "

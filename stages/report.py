@@ -25,7 +25,7 @@ def main() -> None:
 def format_report(metrics: Path, timings: dict[str, float]) -> str:
     """The whole report, ready to print."""
     reward = read_metrics(metrics / "reward.json")
-    scorer = "rule" if reward.get("kind") == "rule" else "reward model"
+    scorer = reward.get("kind", "reward model")
     rows = [
         *_judge_rows(read_metrics(metrics / "judge.json"), scorer),
         *_policy_rows(read_metrics(metrics / "policy.json"), scorer),
@@ -98,7 +98,12 @@ def _reward_rows(reward: dict[str, Any]) -> Rows:
         agreement = _with_interval(reward, "rule_agreement", percent=True)
         return [("rule's agreement with labelled pairs", f"{agreement}, {_count(reward.get('num_pairs'))} pairs")]
     accuracy = _with_interval(reward, "accuracy", percent=True)
-    return [("reward model's held-out accuracy", f"{accuracy}, {_count(reward.get('num_pairs'))} pairs")]
+    return [
+        (
+            f"{reward.get('kind', 'reward model')}'s held-out accuracy",
+            f"{accuracy}, {_count(reward.get('num_pairs'))} pairs",
+        )
+    ]
 
 
 def _sft_rows(sft: dict[str, Any]) -> Rows:

@@ -1,21 +1,25 @@
-"""Stage train_reward: the reward model, trained on labelled pairs from the SFT weights; or a task's rule instead."""
+"""Stage train_reward: the reward model, trained on labelled pairs; or a task's rule or a classifier instead."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.config import load_section
 from stages.common.entry import run_entry
+from stages.common.errors import SettingError
+from stages.data.scorers import ClassifierScorer
 from stages.reward.config import RewardConfig
 
 if TYPE_CHECKING:
     from stages.common.tracking import Tracker
 
-PAIRS = Path("artifacts/pairs")
+SFT, PAIRS = Path("artifacts/sft"), Path("artifacts/pairs")
 CURVE = Path("plots/reward.csv")
+NO_CURVE = "step,learner/loss\n"
+"""dvc.yaml promises the file, also where nothing is trained."""
 
 
 def main() -> None:
-    """Pairs + SFT model, or a rule -> artifacts/reward, metrics/reward.json. Wired in dvc.yaml."""
+    """Pairs + SFT model, a rule or a classifier -> artifacts/reward, metrics/reward.json. Wired in dvc.yaml."""
     config = load_section("reward", RewardConfig)
     from stages.common.publish import staging_directory, write_json
     from stages.common.tracking import track_stage
@@ -23,16 +27,21 @@ def main() -> None:
     from stages.learner.launch import serve_leader
     from stages.scoring.rule import is_rule
 
-    if serve_leader(config.learner, "reward.learner"):
-        return
     data = Path("artifacts/data")
+    has_rule = is_rule(data)
+    if serve_leader(config.learner, "reward.learner", has_work=not has_rule and config.classifier is None):
+        return
+    if has_rule and config.classifier is not None:
+        raise SettingError("reward.classifier: the task has a rule, which RL trains on; set it to null")
     with (
         open_workdir("train_reward") as workdir,
         track_stage("train_reward", config, resume_dir=workdir.path) as tracker,
         staging_directory(Path("artifacts/reward")) as staged,
     ):
-        if is_rule(data):
+        if has_rule:
             metrics = _write_rule(data, config, staged, tracker)
+        elif config.classifier is not None:
+            metrics = _write_classifier(config, config.classifier, staged, tracker)
         else:
             metrics = _train_model(config, workdir.path, staged, tracker)
         write_json(Path("metrics/reward.json"), metrics)
@@ -54,7 +63,7 @@ def _train_model(config: RewardConfig, workdir: Path, staged: Path, tracker: "Tr
             validation=read_token_pairs(PAIRS / "validation.parquet"),
             samples=read_completions(PAIRS / "samples.parquet"),
         ),
-        init_from=Path("artifacts/sft"),
+        init_from=SFT,
         config=config,
         workdir=workdir,
         save_to=staged,
@@ -86,12 +95,34 @@ def _write_rule(data: Path, config: RewardConfig, staged: Path, tracker: "Tracke
     agreement = measure_agreement(rule, pairs, config.seed)
     if agreement is not None:
         tracker.log_summary({"reward/rule_agreement": agreement.value})
-    write_text(CURVE, "step,learner/loss\n")  # dvc.yaml promises the file; nothing was trained
+    write_text(CURVE, NO_CURVE)
     return {
         "kind": "rule",
         "rule_agreement": agreement.value if agreement else None,
         "rule_agreement_interval": agreement.interval if agreement else None,
         "num_pairs": len(pairs),
+    }
+
+
+def _write_classifier(
+    config: RewardConfig, settings: ClassifierScorer, staged: Path, tracker: "Tracker"
+) -> dict[str, Any]:
+    """The user's classifier into `staged`, an empty curve, and what metrics/reward.json says of it."""
+    from stages.common.publish import write_text
+    from stages.data.completion_store import read_completions
+    from stages.data.token_pairs import read_token_pairs
+    from stages.reward.classifier import measure_classifier, publish_classifier
+
+    classifier = publish_classifier(settings, SFT, read_completions(PAIRS / "samples.parquet"), staged)
+    accuracy = measure_classifier(classifier, read_token_pairs(PAIRS / "validation.parquet"), config.seed)
+    if accuracy is not None:
+        tracker.log_summary({"reward/heldout_accuracy": accuracy.value, "reward/heldout_pairs": accuracy.num_pairs})
+    write_text(CURVE, NO_CURVE)
+    return {
+        "kind": "classifier",
+        "accuracy": accuracy.value if accuracy else None,
+        "accuracy_interval": accuracy.interval if accuracy else None,
+        "num_pairs": accuracy.num_pairs if accuracy else 0,
     }
 
 

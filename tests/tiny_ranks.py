@@ -20,10 +20,12 @@ from stages.data.batches import SequenceBatch, collate, split_by_tokens
 from stages.data.text import TokenSequence
 from stages.learner import engine
 from stages.learner.config import LearnerConfig
+from stages.learner.frozen import load_frozen_policy
 from stages.learner.launch import open_ranks, serve_leader
-from stages.learner.logprobs import compute_logprobs
+from stages.learner.logprobs import compute_logprobs, compute_logprobs_and_kl
 from stages.learner.ranks import Ranks
 from stages.learner.trainable import load_trained_policy
+from stages.models.sharding import call_as_forward
 from stages.rl.rollouts import Reference
 from tests.tiny import save_tiny_model
 
@@ -58,13 +60,25 @@ def train(ranks: Ranks, directory: Path, case: Case) -> Found:
             saved = directory / name_checkpoint(ranks.size, case)
             saved.mkdir()
             learner.save(saved)
-    return {
+    frozen = ranks.make_frozen(functools.partial(load_frozen_policy, directory / "model", config))
+    of_frozen = functools.partial(compare, learner.model, frozen)
+    found = {
         "metrics": metrics,
         "weights": learner.collect_weights(),
         "trained": sorted(learner.collect_trained()),
         "logprobs": [tensor.sum(dim=1) for tensor in ranks.map(policy.compute, batches)],
+        "frozen_held": count_held(frozen),
+        "frozen_logprobs": [tensor.sum(dim=1) for tensor in ranks.map(Reference(frozen, "fp32", 1.0).compute, batches)],
+        "frozen_kl": [tensor.sum(dim=1) for tensor in ranks.map(of_frozen, batches)],
         "reference_logprobs": [tensor.sum(dim=1) for tensor in ranks.map(reference.compute, batches)],
     }
+    ranks.drop(frozen)
+    return found | {"frozen_left": count_held(frozen)}
+
+
+def count_held(model: PreTrainedModel) -> int:
+    """Numbers of the model's weights on this rank."""
+    return sum(getattr(weight, "ds_tensor", weight).numel() for weight in model.parameters())
 
 
 def name_checkpoint(num_ranks: int, case: Case) -> str:
@@ -81,6 +95,12 @@ def load_sharded(path: Path, config: LearnerConfig) -> PreTrainedModel:
 def compute_loss(model: PreTrainedModel, batch: SequenceBatch) -> tuple[Tensor, dict[str, Mean]]:
     nll = -compute_logprobs(model, batch).sum()
     return nll / NUM_TOKENS, {"test/nll": Mean(nll.detach(), batch.completion_mask.sum())}
+
+
+def compare(model: PreTrainedModel, frozen: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+    """Exact KL of the learner to the frozen model. [B, T]"""
+    with torch.no_grad():
+        return call_as_forward(model, compute_logprobs_and_kl, frozen, batch, 1.0)[1]
 
 
 def poison(model: PreTrainedModel, batch: SequenceBatch) -> tuple[Tensor, dict[str, Mean]]:

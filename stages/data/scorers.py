@@ -39,8 +39,22 @@ class ModelScorer(Section):
     """Directory of the reward model, relative to the project's folder."""
 
 
+class ClassifierScorer(Section):
+    """A text classifier of the user's, such as one of sentiment; its tokenizer may be any."""
+
+    name: Literal["classifier"] = "classifier"
+    path: str = Field(min_length=1)
+    """Directory of a sequence classifier with its tokenizer, relative to the project's folder."""
+    label: str = Field(min_length=1)
+    """What the classifier's config calls the label whose score counts, such as POSITIVE."""
+    score: Literal["logit", "logprob", "probability"] = "logprob"
+    """Of the label; logprob and probability are over all of the classifier's labels."""
+    with_prompt: bool = True
+    """Whether the prompt is read before the completion. What the classifier cannot read is cut off at the left."""
+
+
 ScorerConfig = Annotated[
-    NoScorer | VaderScorer | TextblobScorer | LengthScorer | ModelScorer, Field(discriminator="name")
+    NoScorer | VaderScorer | TextblobScorer | LengthScorer | ModelScorer | ClassifierScorer, Field(discriminator="name")
 ]
 """The setting `gold` or `second` of a task."""
 

@@ -9,7 +9,7 @@ from typing import Literal
 from stages.common.errors import SettingError
 from stages.generation.config import FleetConfig, GenerationConfig, Publish
 from stages.generation.protocol import Generator, RecordSpan
-from stages.models.load import load_tokenizer
+from stages.models.load import load_tokenizer, require_context
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,12 @@ def start_generator(
         record: told what each server does when.
 
     Raises:
-        SettingError: weights cannot be swapped in flight, or without files, in this engine.
+        SettingError: weights cannot be swapped in flight, or without files, in this engine; or prompt and completion
+            are longer than the model can read.
     """
     settings = settings or GeneratorSettings()
+    lengths = f"generation.max_prompt_tokens={config.max_prompt_tokens} + max_new_tokens={config.max_new_tokens}"
+    require_context(model, config.max_prompt_tokens + config.max_new_tokens, lengths)
     tokenizer = load_tokenizer(model)
     generator: Generator
     if config.engine == "vllm":

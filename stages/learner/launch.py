@@ -41,8 +41,13 @@ def open_ranks(config: LearnerConfig, setting: str, log_dir: Path, devices: Sequ
     leave()
 
 
-def serve_leader(config: LearnerConfig, setting: str) -> bool:
+def serve_leader(config: LearnerConfig, setting: str, *, has_work: bool = True) -> bool:
     """Whether a launcher made this process one of the other ranks; returns when the leader has let it go.
+
+    Args:
+        config: of the learner.
+        setting: path of its settings, such as `sft.learner`.
+        has_work: whether the leader will open its ranks. One that never does would be waited for without end.
 
     Raises:
         SettingError: the launcher started another number of ranks than the settings say.
@@ -50,7 +55,8 @@ def serve_leader(config: LearnerConfig, setting: str) -> bool:
     if not is_launched() or os.environ["RANK"] == "0":
         return False
     _require_launched(config.num_ranks, setting)
-    follow_launched()
+    if has_work:
+        follow_launched()
     return True
 
 

@@ -16,7 +16,7 @@ from stages.common.errors import InputError
 from stages.data.batches import SequenceBatch
 from stages.learner.lora import adapters_off
 from stages.learner.shared_prompts import read_shared
-from stages.models.sharding import call_as_forward
+from stages.models.sharding import call_as_forward, gathered, is_shared_out
 
 CHUNK = 256
 """Rows whose logits exist at once: 256 x 49,152 x 4 bytes = 48 MiB."""
@@ -44,9 +44,9 @@ def select_predictors(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
     """Hidden state before each completion token: the one that predicts it. [N, H]"""
     if batch.prompts is not None:
         return read_shared(model, batch)[batch.completion_mask]
-    hidden = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state  # [B, S, H]
+    # A cache would be for later tokens, and GPT-2's is filled again where blocks are computed twice.
+    outputs = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    hidden = outputs.last_hidden_state
     rows, columns = torch.nonzero(batch.completion_mask, as_tuple=True)
     predictors: Tensor = hidden[rows, batch.prompt_lengths[rows] + columns - 1]
     return predictors
@@ -98,7 +98,7 @@ def _read_logprobs_and_kl(
     head: nn.Module, hidden: Tensor, other: Tensor, other_head: nn.Module, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     logprobs = gather_logprobs(hidden, _weight(head), targets, temperature)
-    weight, other_weight = _cast_like(_weight(head), hidden), _cast_like(_weight(other_head), other).detach()
+    weight, other_weight = _cast_like(_weight(head), hidden), _copy_cast(other_head, other)
     kl = compute_kl(hidden.to(weight.dtype), weight, other.to(other_weight.dtype), other_weight, temperature)
     return logprobs, kl
 
@@ -158,6 +158,15 @@ def require_plain_head(model: PreTrainedModel) -> None:
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, key, None) not in (None, 1.0):
             raise InputError(f"{type(model).__name__}: {key} of the model's config is not supported")
+
+
+def _copy_cast(head: nn.Module, hidden: Tensor) -> Tensor:
+    """The reference's head in the compute type, to be read again in the backward pass, when shards are gone."""
+    weight = _weight(head)
+    if not is_shared_out(head):
+        return _cast_like(weight, hidden).detach()
+    with gathered(weight):  # type: ignore[arg-type]
+        return _cast_like(weight, hidden).detach().clone()
 
 
 def _cast_like(weight: Tensor, hidden: Tensor) -> Tensor:

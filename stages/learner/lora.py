@@ -11,6 +11,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.common.errors import SettingError
 from stages.learner.config import LoraConfig
@@ -18,6 +19,8 @@ from stages.models.load import TrainableLayers, find_blocks, freeze, select_trai
 from stages.models.sharding import gathered
 
 ADAPTER = "default"
+LINEAR = (nn.Linear, Conv1D)
+"""Kinds of linear layers; GPT-2 has only the second, whose weight is that of the first transposed."""
 _BASE = ".base_layer."
 _SEED = 0
 
@@ -56,7 +59,13 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, layers: TrainableLa
     select_trainable(model, layers, f"{setting}.trainable_layers")
     names = _find_targets(model, config, layers, setting)
     freeze(model)
-    settings = PeftConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=names)  # type: ignore[arg-type]
+    settings = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=names,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
     inject_adapter_in_model(settings, model, ADAPTER)
     generator = torch.Generator().manual_seed(_SEED)
     for name, parameter in model.named_parameters():
@@ -111,7 +120,7 @@ def _find_targets(model: PreTrainedModel, config: LoraConfig, layers: TrainableL
     blocks = find_blocks(model)
     chosen = set(blocks if layers == "all" else blocks[len(blocks) - layers :])
     inside = {id(module) for block in chosen for module in block.modules()}
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
+    linear = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and id(module) in inside]
     if config.targets == "all":
         return linear
     known = sorted({name.rpartition(".")[2] for name in linear})

@@ -19,7 +19,7 @@ from stages.learner.group import Group
 from stages.learner.processes import Followers
 from stages.learner.shares import measure, split_evenly
 from stages.learner.wire import Names
-from stages.models.sharding import is_shared_out
+from stages.models.sharding import is_shared_out, release_weights
 
 MakeModel = Callable[[], PreTrainedModel]
 """Gives the same model on every rank; it can be pickled."""
@@ -43,6 +43,7 @@ class Ranks:
 
     def drop(self, model: PreTrainedModel) -> None:
         """Forget a model of `make_frozen` wherever it is."""
+        release_weights(model)
 
     def map(self, function: Callable[[BatchT], ResultT], batches: Sequence[BatchT]) -> list[ResultT]:
         """One result for each batch, in their order; the batches are spread over all ranks.
@@ -203,6 +204,7 @@ def _add_frozen(names: Names, name: str, make_model: MakeModel) -> None:
 
 
 def _drop(names: Names, name: str) -> None:
+    release_weights(names.get(name))
     names.remove(name)
 
 

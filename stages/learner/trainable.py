@@ -4,13 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.learner.config import LearnerConfig
 from stages.learner.engine import Learner
 from stages.learner.logprobs import require_plain_head
 from stages.learner.lora import add_adapters
-from stages.models.load import find_blocks, freeze, load_policy, move, save_model, select_device, select_trainable
+from stages.models.load import find_blocks, load_policy, move, save_model, select_trainable
 from stages.models.reward_model import init_reward_model, load_reward_model
 
 
@@ -48,13 +49,6 @@ def load_trained_reward(path: Path, config: LearnerConfig, setting: str, head_se
     return model
 
 
-def load_frozen_policy(path: Path) -> PreTrainedModel:
-    """The SFT model as a reference, in float32 on this rank's device."""
-    model = move(load_policy(path, torch.float32), select_device())
-    freeze(model)
-    return model
-
-
 def save_trained(
     learner: Learner, make_plain: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, path: Path
 ) -> None:
@@ -88,6 +82,14 @@ def _make_trainable(model: PreTrainedModel, config: LearnerConfig, setting: str)
         # dropout stays off.
         for block in find_blocks(model):
             block.training = True
+            _drop_nothing(block)
     if config.compile:
         for block in find_blocks(model):
             block.compile(dynamic=True)
+
+
+def _drop_nothing(block: nn.Module) -> None:
+    """OPT's blocks draw dropout themselves, by a number of theirs, and not by a module that is in evaluation mode."""
+    for name, value in list(vars(block).items()):
+        if "dropout" in name and isinstance(value, float):
+            setattr(block, name, 0.0)

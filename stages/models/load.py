@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from stages.common.errors import InputError, SettingError
@@ -101,6 +102,27 @@ def load_model(auto_class: Any, path: Path, dtype: torch.dtype, **settings: int)
     return model
 
 
+def require_context(path: Path, num_tokens: int, setting: str) -> None:
+    """Refuse sequences longer than the model was made for: learned positions end there, others give nonsense.
+
+    Args:
+        path: model directory.
+        num_tokens: of the longest sequence.
+        setting: what allows it, such as `sft.max_tokens=2048`.
+
+    Raises:
+        InputError: `path` has no readable config.
+        SettingError: the model's context is shorter.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable config: {str(error).splitlines()[0]}") from error
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and num_tokens > context:
+        raise SettingError(f"{setting}: a sequence of {num_tokens} tokens; {path} reads at most {context}; lower it")
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside a model.
 
@@ -122,6 +144,19 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def name_as_stored(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Weights under the names that model directories have, which for some architectures are not the model's own.
+
+    Args:
+        weights: of a causal language model, by its own names.
+        path: its directory, of which the config is read.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    stored: dict[str, Tensor] = revert_weight_conversion(model, weights)
+    return stored
 
 
 def move(model: PreTrainedModel, target: torch.device | torch.dtype | str) -> PreTrainedModel:
@@ -158,7 +193,7 @@ def select_trainable(model: PreTrainedModel, layers: TrainableLayers, setting: s
     freeze(model)
     for block in blocks[len(blocks) - layers :]:
         block.requires_grad_(True)
-    for norm in _final_norms(model.base_model):
+    for norm in _final_norms(model, blocks):
         norm.requires_grad_(True)
 
 
@@ -170,7 +205,11 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     raise InputError(f"{type(model).__name__}: found no list of {model.config.num_hidden_layers} transformer blocks")
 
 
-def _final_norms(base: nn.Module) -> Iterator[nn.Module]:
-    for name, child in base.named_children():
-        if not isinstance(child, nn.ModuleList) and ("norm" in name or name == "ln_f"):
-            yield child
+def _final_norms(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    """The norm after the last block; it stands beside the list of blocks, which OPT has a module deeper than others."""
+    for module in model.modules():
+        if not any(child is blocks for child in module.children()):
+            continue
+        for name, child in module.named_children():
+            if child is not blocks and ("norm" in name or name == "ln_f"):
+                yield child

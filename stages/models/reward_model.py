@@ -61,7 +61,8 @@ def compute_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Te
     Returns:
         Shifted scores in float32. [B]
     """
-    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, S, H]
+    outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    hidden = outputs.last_hidden_state  # [B, S, H]
     return _read_scores(model, hidden, attention_mask)
 
 

@@ -63,3 +63,11 @@ def copy_whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.detach().to(dtype, copy=True).contiguous()
     with gathered(tensor):  # which frees it when it closes
         return tensor.detach().to(dtype, copy=True).contiguous()
+
+
+def release_weights(module: nn.Module) -> None:
+    """Empty the shards of a module that is done with: DeepSpeed keeps hold of modules that it has shared out."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            for tensor in (parameter, parameter.ds_tensor):
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -132,3 +132,6 @@ def check_source(settings: Settings, inputs: Path) -> Iterator[Finding]:
         yield Finding(
             "not checked", f"data.task.gold: {settings.gold_model} is not here yet; its memory is not counted"
         )
+    for path in settings.classifiers:
+        missing = "" if (inputs / path).is_dir() else "is not here yet; "
+        yield Finding("not checked", f"classifier {path}: {missing}its memory is not counted")

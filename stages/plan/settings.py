@@ -6,7 +6,7 @@ from pathlib import Path
 from stages.check_params import require_settings
 from stages.common.config import load_section
 from stages.data.config import DataConfig
-from stages.data.scorers import ModelScorer, RuleScorer
+from stages.data.scorers import ClassifierScorer, ModelScorer, RuleScorer
 from stages.generation.config import GenerationConfig
 from stages.judge.config import JudgeConfig
 from stages.judge.gate import GateConfig
@@ -37,8 +37,14 @@ class Settings:
 
     @property
     def has_rule(self) -> bool:
-        """Whether a rule takes the reward model's place."""
-        return isinstance(self.data.task.scorers()[0], RuleScorer)
+        """Whether a rule, or a classifier of the user's, takes the reward model's place: none is trained."""
+        return isinstance(self.data.task.scorers()[0], RuleScorer) or self.reward.classifier is not None
+
+    @property
+    def classifiers(self) -> tuple[Path, ...]:
+        """Directories of the user's classifiers that score."""
+        scorers = (*self.data.task.scorers(), self.reward.classifier)
+        return tuple(dict.fromkeys(Path(item.path) for item in scorers if isinstance(item, ClassifierScorer)))
 
     @property
     def gold_model(self) -> Path | None:

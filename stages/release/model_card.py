@@ -50,8 +50,7 @@ def _name_base_model(model: ModelConfig) -> str:
 def _name_method(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     if metrics.get("policy", {}).get("samples_total") == 0:
         return "offline DPO on labelled pairs"
-    is_rule = metrics.get("reward", {}).get("kind") == "rule"
-    return f"reinforcement learning against {'a rule' if is_rule else 'a reward model'}"
+    return f"reinforcement learning against a {metrics.get('reward', {}).get('kind', 'reward model')}"
 
 
 def _front_matter(model: ModelConfig) -> str:

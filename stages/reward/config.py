@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from stages.common.config import Section
+from stages.data.scorers import ClassifierScorer
 from stages.learner.config import EpochsConfig
 
 
@@ -29,3 +30,6 @@ class RewardConfig(EpochsConfig):
 
     The seed makes the scalar head, orders the pairs and resamples for the interval of the accuracy.
     """
+
+    classifier: ClassifierScorer | None = None
+    """A text classifier that takes the reward model's place; null: a model is trained."""

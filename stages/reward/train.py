@@ -26,7 +26,7 @@ from stages.learner.epochs import Epochs, LogMetrics, train_epochs
 from stages.learner.launch import open_ranks
 from stages.learner.ranks import ALONE, Ranks
 from stages.learner.trainable import load_trained_reward, save_trained
-from stages.models.load import list_devices, load_tokenizer, select_device
+from stages.models.load import list_devices, load_tokenizer, require_context, select_device
 from stages.models.reward_model import RANGE, SHIFT, compute_scores, init_reward_model
 from stages.models.sharding import call_as_forward
 from stages.reward.config import RewardConfig
@@ -70,11 +70,13 @@ def train_reward_model(
 
     Raises:
         InputError: no pair is left within `max_tokens`.
+        SettingError: `max_tokens` lets in more than the model can read.
     """
     train, lengths = encode_pairs(data.train, max_tokens=config.max_tokens, too_long=config.too_long)
     validation, _ = encode_pairs(data.validation, max_tokens=config.max_tokens, too_long=config.too_long)
     if not train or not validation:
         raise InputError(f"artifacts/pairs: no pair fits into reward.max_tokens={config.max_tokens}")
+    require_context(init_from, max(map(len, train + validation)), f"reward.max_tokens={config.max_tokens}")
     epochs = Epochs[PairExample, SequenceBatch](
         examples=train,
         lengths=[len(example) for example in train],

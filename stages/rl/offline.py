@@ -194,7 +194,7 @@ def make_models(ranks: Ranks, inputs: OfflineInputs, config: RlConfig, workdir: 
     make_model = functools.partial(load_trained_policy, inputs.sft, config.learner, SETTING)
     learner = ranks.make_learner(make_model, config.learner, config.num_updates, workdir)
     policy = Reference(learner.model, config.learner.dtype, inputs.temperature)
-    source = ReferenceSource(ranks, inputs.sft, policy, with_adapters=config.learner.lora is not None)
+    source = ReferenceSource(ranks, inputs.sft, policy, config.learner)
     return OfflineModels(ranks, learner, source.load())
 
 

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.learner.config import LearnerConfig
+from stages.learner.frozen import load_frozen_policy
 from stages.learner.ranks import Ranks
-from stages.learner.trainable import load_frozen_policy
 from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.rollouts import Reference
 
@@ -31,15 +32,20 @@ class ReferenceSource:
     """The frozen SFT model."""
     policy: Reference
     """The learner as it is."""
-    with_adapters: bool
-    """Without its adapters the learner is the SFT model: nothing has to be loaded."""
+    config: LearnerConfig
+    """The learner's: where the weights lie. Without its adapters it is the SFT model: nothing has to be loaded."""
+
+    @property
+    def with_adapters(self) -> bool:
+        """Whether the learner has adapters, which can be switched off."""
+        return self.config.lora is not None
 
     def load(self) -> Reference:
         """The reference for good, for algorithms that read it."""
         if self.with_adapters:
             return Reference(self.policy.model, self.policy.dtype, self.policy.temperature, is_without_adapters=True)
         # Same weights, same types, same code path as the learner: KL is exactly 0 before the first update.
-        model = self.ranks.make_frozen(functools.partial(load_frozen_policy, self.sft))
+        model = self.ranks.make_frozen(functools.partial(load_frozen_policy, self.sft, self.config))
         return Reference(model, self.policy.dtype, self.policy.temperature)
 
     @contextmanager

@@ -54,8 +54,7 @@ from stages.rl.timeline import Timeline
 from stages.rl.training import LogMetrics, Training
 from stages.rl.value import ValueModel
 from stages.rl.weights import ProbeText, Publisher, copy_policy, link_policy, make_publisher, open_scratch
-from stages.scoring.load import load_scorer, read_score_range
-from stages.scoring.rule import is_rule
+from stages.scoring.load import holds_reward_model, load_scorer, read_score_range
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +255,7 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
     make_model = functools.partial(load_trained_policy, inputs.sft, config.learner, SETTING)
     learner = ranks.make_learner(make_model, config.learner, config.num_updates, setting.workdir)
     policy = Reference(learner.model, config.learner.dtype, setting.generation.temperature)
-    references = ReferenceSource(ranks, inputs.sft, policy, with_adapters=config.learner.lora is not None)
+    references = ReferenceSource(ranks, inputs.sft, policy, config.learner)
     is_replayed = config.replay_from is not None
     value_learner = _make_value_learner(setting, ranks)
     dtype, max_tokens = config.learner.dtype, config.learner.micro_batch_tokens
@@ -287,11 +286,11 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
 
 
 def _make_value_learner(setting: _Setting, ranks: Ranks) -> Learner | None:
-    """The reward model (with a rule the SFT model) with an optimizer of its own, for algorithms that learn values."""
+    """A second learner for algorithms that learn values: from the reward model, or from SFT where none was trained."""
     algorithm, config, inputs = setting.config.algorithm, setting.config, setting.inputs
     if not isinstance(algorithm, PpoConfig):
         return None
-    path, head_seed = (inputs.sft, config.seed) if is_rule(inputs.reward) else (inputs.reward, None)
+    path, head_seed = (inputs.reward, None) if holds_reward_model(inputs.reward) else (inputs.sft, config.seed)
     make_model = functools.partial(load_trained_reward, path, config.learner, SETTING, head_seed)
     learner_config = config.learner.model_copy(update={"lr": algorithm.value_lr or config.learner.lr})
     return ranks.make_learner(make_model, learner_config, config.num_updates, setting.workdir / "value")

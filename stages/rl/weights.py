@@ -22,7 +22,7 @@ from stages.data.text import TokenSequence
 from stages.generation.config import Publish
 from stages.generation.protocol import Probe, WeightsUpdate
 from stages.learner.ranks import ALONE, Ranks
-from stages.models.load import select_device
+from stages.models.load import name_as_stored, select_device
 from stages.rl.rollouts import Reference
 
 CollectWeights = Callable[[], dict[str, Tensor]]
@@ -139,7 +139,8 @@ def export_policy(collect: CollectWeights, template: Path, policy_version: int, 
     shutil.rmtree(staged, ignore_errors=True)
     staged.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(template, staged, ignore=shutil.ignore_patterns("*.safetensors*"))
-    save_file(collect(), staged / "model.safetensors", metadata={"format": "pt"})
+    weights = name_as_stored(collect(), template)
+    save_file(weights, staged / "model.safetensors", metadata={"format": "pt"})
     (staged / "version.json").write_text(json.dumps({"policy_version": policy_version}))
     shutil.rmtree(target, ignore_errors=True)
     staged.rename(target)

@@ -25,7 +25,7 @@ from stages.learner.launch import open_ranks
 from stages.learner.logprobs import compute_logprobs
 from stages.learner.ranks import ALONE, Ranks
 from stages.learner.trainable import load_trained_policy, save_trained
-from stages.models.load import list_devices, load_policy, load_tokenizer, select_device
+from stages.models.load import list_devices, load_policy, load_tokenizer, require_context, select_device
 from stages.models.sharding import call_as_forward
 from stages.sft.config import SftConfig
 
@@ -60,12 +60,14 @@ def train_sft_model(
 
     Raises:
         InputError: no demonstration is left within `max_tokens`.
+        SettingError: `max_tokens` lets in more than the model can read.
     """
     tokenizer = load_tokenizer(init_from)
     train, lengths = encode_demonstrations(tokenizer, demonstrations["train"], config)
     validation, _ = encode_demonstrations(tokenizer, demonstrations["validation"], config)
     if not train or not validation:
         raise InputError(f"artifacts/data: no demonstration fits into sft.max_tokens={config.max_tokens}")
+    require_context(init_from, max(map(len, train + validation)), f"sft.max_tokens={config.max_tokens}")
     epochs = Epochs[TokenSequence, SequenceBatch](
         examples=train,
         lengths=[len(sequence) for sequence in train],

@@ -92,7 +92,7 @@ def assert_same_training(found: Found, expected: Found) -> None:
         # One in 256 of a value is the last digit of bf16.
         torch.testing.assert_close(found["weights"][name], weight, rtol=2**-7, atol=1e-4)
     assert found["trained"] == expected["trained"]
-    for name in ("logprobs", "reference_logprobs"):
+    for name in ("logprobs", "reference_logprobs", "frozen_logprobs", "frozen_kl"):
         ours, theirs = (sorted(torch.cat(item[name]).tolist()) for item in (found, expected))
         assert ours == pytest.approx(theirs, rel=1e-5), name
 
@@ -100,6 +100,17 @@ def assert_same_training(found: Found, expected: Found) -> None:
 @pytest.mark.parametrize("number", range(len(ON_TWO)), ids=map(str, ON_TWO))
 def test_two_ranks_train_as_one_does(on_two_ranks: list[Found], on_one_rank: dict[bool, Found], number: int) -> None:
     assert_same_training(on_two_ranks[number], on_one_rank["lora" in ON_TWO[number]])
+
+
+def test_the_reference_is_shared_out_where_the_weights_are(on_two_ranks: list[Found]) -> None:
+    cases = list(zip(SHARED, on_two_ranks, strict=False))
+    held = {case["zero_stage"]: found["frozen_held"] for case, found in cases}
+    left = [found["frozen_left"] for case, found in cases if case["zero_stage"] == 3]
+
+    # 26,880 numbers in the tiny model; a shard may be a number longer than half.
+    assert (held[0], held[2]) == (26_880, 26_880)
+    assert 13_440 <= held[3] < 13_500
+    assert left == [0, 0]
 
 
 @pytest.mark.parametrize("number", range(len(SHARED)), ids=map(str, SHARED))

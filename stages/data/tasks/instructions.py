@@ -43,7 +43,7 @@ class InstructionsTask(Section):
         if isinstance(self.gold, NoScorer):
             raise ValueError(
                 "data.task.gold='none': task instructions has no pairs, so a gold scorer must label samples; "
-                "allowed: vader, textblob, length, model"
+                "allowed: vader, textblob, length, model, classifier"
             )
         return self
 

@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from stages.data.batches import collate
 from stages.data.text import TokenSequence
-from stages.learner.config import LoraConfig
+from stages.learner.config import LearnerConfig, LoraConfig
 from stages.learner.lora import add_adapters
 from stages.learner.ranks import MakeModel, Ranks
 from stages.rl.algorithm_config import AlgorithmConfig
@@ -59,7 +59,7 @@ def test_only_algorithms_with_a_kl_keep_the_reference(
 def test_a_borrowed_reference_is_let_go_and_a_loaded_one_stays(tmp_path: Path) -> None:
     ranks = CountingRanks()
     policy = Reference(tiny_llama(), "fp32", 0.7)
-    source = ReferenceSource(ranks, save_tiny_model(tmp_path / "sft"), policy, with_adapters=False)
+    source = ReferenceSource(ranks, save_tiny_model(tmp_path / "sft"), policy, LearnerConfig(lr=1.0))
 
     with source.borrow(None) as reference:
         assert ranks.num_models == 1
@@ -81,7 +81,9 @@ def test_with_adapters_the_reference_is_the_learner_without_them_and_nothing_is_
                 parameter.fill_(0.1)
     policy = Reference(model, "fp32", 0.7)
 
-    with ReferenceSource(ranks, tmp_path, policy, with_adapters=True).borrow(None) as reference:
+    with ReferenceSource(ranks, tmp_path, policy, LearnerConfig(lr=1.0, lora=LoraConfig(rank=4))).borrow(
+        None
+    ) as reference:
         found = reference.compute(BATCH)
 
     assert ranks.num_loaded == 0

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.learner.weights import collect_trained
-from stages.models.load import select_trainable
-from stages.rl.weights import FilesPublisher, ProbeText, Publisher, TensorsPublisher, make_publisher
+from stages.learner.weights import collect_trained, collect_weights
+from stages.models.load import load_policy, select_trainable
+from stages.rl.weights import FilesPublisher, ProbeText, Publisher, TensorsPublisher, export_policy, make_publisher
 from tests.tiny import tiny_llama
+from tests.toy_models import save_toy_model
 
 PROBE = ProbeText(tuple(range(40, 140)), "fp32", 0.3)
 
@@ -89,3 +90,16 @@ def test_a_tied_weight_is_published_once() -> None:
 
     assert names[0] == "model.embed_tokens.weight"
     assert "lm_head.weight" not in names
+
+
+@pytest.mark.parametrize(("name", "head"), [("EleutherAI/pythia-410m", "embed_out"), ("openai-community/gpt2", None)])
+def test_an_exported_policy_has_the_names_that_its_library_stores(tmp_path: Path, name: str, head: str | None) -> None:
+    template = save_toy_model(name, tmp_path / "sft")
+    model = load_policy(template, torch.float32)
+
+    export_policy(lambda: collect_weights(model), template, 3, tmp_path / "policy")
+
+    exported, stored = (load_file(tmp_path / place / "model.safetensors") for place in ("policy", "sft"))
+    assert exported.keys() == stored.keys()
+    assert [key for key in exported if head and key.startswith(head)] == ([f"{head}.weight"] if head else [])
+    assert all(torch.equal(weight, stored[key].bfloat16()) for key, weight in exported.items())
