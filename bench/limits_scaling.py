@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8, help="completions of one forward-backward")
     parser.add_argument("--rounds", type=int, default=3, help="those already in the file of --out are kept")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--engine", default="vllm", choices=["vllm", "transformers"], help="of the generator")
     parser.add_argument("--core", default="0", help="that each side has, in turns")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", action="store_true", help="print the table of the file of --out, and run nothing")
@@ -59,7 +60,7 @@ def main() -> None:
     if arguments.table:
         print(format_table(read_report(arguments.out, {})))
         return
-    names = ("prompts", "tokens", "layers", "micro_batch", "sides", "core")
+    names = ("prompts", "tokens", "layers", "micro_batch", "sides", "engine", "core")
     settings = {name: getattr(arguments, name) for name in names}
     report = read_report(arguments.out, {"settings": settings, **describe_run()})
     with tempfile.TemporaryDirectory(prefix="limits-") as name:
@@ -101,6 +102,7 @@ def measure(side: str, arguments: argparse.Namespace, models: dict[int, str]) ->
     for layers, model in models.items():
         own = list({tuple(point.values()): point for point in points if point["layers"] == layers}.values())
         job = {"side": side, "model": model, "points": own, "core": arguments.core}
+        job |= {"engine": arguments.engine}
         job |= {"micro_batch": arguments.micro_batch, "max_tokens": max(arguments.tokens)}
         command = [sys.executable, __file__, "--run", json.dumps(job)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -151,7 +153,11 @@ def time_generator(job: dict[str, Any]) -> list[float]:
     from stages.generation.start import GeneratorSettings, start_generator
 
     config = GenerationConfig(
-        max_new_tokens=job["max_tokens"], max_prompt_tokens=PROMPT_TOKENS, max_num_seqs=256, cpu_cores=job["core"]
+        engine=job["engine"],
+        max_new_tokens=job["max_tokens"],
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_num_seqs=256,
+        cpu_cores=job["core"],
     )
     rng, seconds = random.Random(0), []
     with (
@@ -180,6 +186,8 @@ def summarise(rounds: Sequence[Sequence[dict[str, Any]]], points: dict[str, list
     found: dict[str, Any] = {}
     for side in dict.fromkeys(row["side"] for row in rows):
         for name, wanted in points.items():
+            if len(wanted) == 1:  # it does not change
+                continue
             line = []
             for point in wanted:
                 same = [row["seconds"] for row in rows if row["side"] == side and point.items() <= row.items()]
@@ -191,7 +199,7 @@ def summarise(rounds: Sequence[Sequence[dict[str, Any]]], points: dict[str, list
 def fit_slope(line: Sequence[Sequence[float]]) -> float:
     """Of log seconds over log size."""
     xs, ys = [math.log(size) for size, _ in line], [math.log(seconds) for _, seconds in line]
-    return statistics.linear_regression(xs, ys).slope if len(line) > 1 else math.nan
+    return statistics.linear_regression(xs, ys).slope
 
 
 def format_table(report: dict[str, Any]) -> str:
