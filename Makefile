@@ -27,7 +27,7 @@ COMPILE = $(UV) pip compile -q pyproject.toml --extra dev --override requirement
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run plan test check format-and-types lock ui lineage compare chat export drill bench-gpu clean-work worker services services-stop services-status experiment experiments remote push pull
+.PHONY: help setup run plan test check format-and-types lock ui lineage compare chat export drill bench bench-gpu clean-work worker services services-stop services-status experiment experiments remote push pull
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -123,6 +123,9 @@ export: setup ## write the policy as a plain model folder
 
 drill: setup ## crash drill of the RL stage: 55 times SIGKILL or SIGSTOP in 40 minutes
 	@$(BIN)/python bench/drill.py
+
+bench: setup ## all benchmarks at a small size, in one table with their targets (15 minutes; OPTIONS="--only ranks.py")
+	@$(BIN)/python bench/all.py $(OPTIONS)
 
 bench-gpu: setup ## benchmarks for GPUs (SIZE=1b, OPTIONS="--device cpu --smallest" where there is none)
 	@bench/gpu/run_all.sh .slipstream/bench-gpu --size $(SIZE) $(OPTIONS)

@@ -94,8 +94,9 @@ def read_settings(entry: StageEntry) -> dict[str, Any]:
         SettingError: a key that dvc.yaml names is not in its file.
     """
     settings = {}
+    files = {file: read_yaml(Path(file)) for file in dict.fromkeys(file for file, _ in entry.params)}
     for file, key in entry.params:
-        value: Any = read_yaml(Path(file))
+        value: Any = files[file]
         for part in key.split(".") if key else ():
             if not isinstance(value, dict) or part not in value:
                 raise SettingError(f"{file}: {key} is missing; dvc.yaml names it as a setting of {entry.name}")

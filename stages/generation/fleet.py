@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 MAX_UNUSABLE = 3
 """Unusable answers in a row after which a server is started anew."""
+QUEUED_SHARE = 0.5
+"""Sequences a server is sent beyond `generation.max_num_seqs`, as a share of it. A prompt's sequences count until its
+last one has finished, so without these some of the places in the server's batch would be empty."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +301,7 @@ class Fleet:
 
     def _least_loaded(self, num_sequences: int) -> Replica | None:
         """A server with the newest weights that has room; one that is idle always has."""
-        room = self._plan.generation.max_num_seqs - num_sequences
+        room = int(self._plan.generation.max_num_seqs * (1 + QUEUED_SHARE)) - num_sequences
         fit = [
             replica
             for replica in self._replicas

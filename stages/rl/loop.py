@@ -109,7 +109,8 @@ class Loop:
         self._progress.staleness.update(staleness)
         self._check_gap(metrics)
         metrics |= self._publish_and_evaluate()
-        parts.ledger.flush()
+        with self._training.timeline.span(LEARNER, "record", version):
+            parts.ledger.flush()
         return metrics
 
     def _next_mini_batch(self, version: int) -> MiniBatch:

@@ -30,6 +30,8 @@ from stages.rl.algorithms.protocol import Algorithm
 
 logger = logging.getLogger(__name__)
 
+CORES_VARIABLE = "SLIPSTREAM_SCORING_CORES"
+"""Environment variable with the cores that the process keeps to once it works."""
 KEY_VARIABLE = "SLIPSTREAM_SCORING_KEY"
 """Environment variable with the secret, in hex. The process shows its first half, the owner answers with the second."""
 KEY_HALF = 32
@@ -87,7 +89,8 @@ class ProcessSettings:
 
     log_path: Path
     cores: str | None = None
-    """CPU cores such as `0,2-3`, as many threads; None: ours."""
+    """CPU cores such as `0,2-3`, as many threads, from the moment its models are loaded; until then, and with None:
+    ours. The generator, which has these cores, is starting then, and the learner waits for it."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to our environment, such as CUDA_VISIBLE_DEVICES."""
     timeout_s: float = 120.0
@@ -258,7 +261,6 @@ class _Child:
                 [sys.executable, "-m", "stages.rl.scoring_process", port],
                 env={**environment, KEY_VARIABLE: self._key.hex()},
                 log_path=settings.log_path,
-                cores=settings.cores,
             )
         except BaseException:
             self._server.close()
@@ -353,5 +355,5 @@ def _make_environment(settings: ProcessSettings) -> dict[str, str]:
     # It is not one of the learner's ranks: it takes the first of the devices it is shown.
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "LOCAL_RANK": "0"}
     if settings.cores is not None:
-        ours["OMP_NUM_THREADS"] = str(len(parse_cores(settings.cores)))
+        ours |= {"OMP_NUM_THREADS": str(len(parse_cores(settings.cores))), CORES_VARIABLE: settings.cores}
     return {**os.environ, **ours, **settings.env}

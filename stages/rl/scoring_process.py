@@ -1,5 +1,6 @@
 """Runs in the process that `scoring.py` starts: reward model and reference, one group after the other."""
 
+import contextlib
 import hmac
 import logging
 import os
@@ -13,6 +14,7 @@ import torch
 
 from stages.common.entry import EXIT_FAILED, run_entry
 from stages.common.errors import RunError
+from stages.common.guard import parse_cores
 from stages.data.batches import collate, split_by_tokens
 from stages.data.records import Completion
 from stages.data.text import TokenSequence
@@ -20,7 +22,7 @@ from stages.generation.protocol import Group
 from stages.models.load import freeze, load_policy, move, select_device
 from stages.rl.rollouts import Reference, build_rollout
 from stages.rl.scorer import score_completions
-from stages.rl.scoring import KEY_HALF, KEY_VARIABLE, Failed, ScoredGroup, ScoringJob
+from stages.rl.scoring import CORES_VARIABLE, KEY_HALF, KEY_VARIABLE, Failed, ScoredGroup, ScoringJob
 from stages.scoring.load import load_scorer
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,8 @@ def main() -> None:
 def _serve(connection: "Connection[Any, Any]") -> None:
     try:
         scorer = GroupScorer(connection.recv())
+        if CORES_VARIABLE in os.environ:
+            keep_to(parse_cores(os.environ[CORES_VARIABLE]))
         connection.send(None)
         while True:
             connection.send(scorer.score(connection.recv()))
@@ -96,6 +100,15 @@ def _serve(connection: "Connection[Any, Any]") -> None:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         connection.send(Failed(message, traceback.format_exc()))
         sys.exit(EXIT_FAILED)
+
+
+def keep_to(cores: set[int]) -> None:
+    """Have every thread of this process run on these CPU cores alone. Linux only; else nothing."""
+    if sys.platform != "linux":
+        return
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.sched_setaffinity(int(thread), cores)
 
 
 if __name__ == "__main__":

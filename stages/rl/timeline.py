@@ -29,6 +29,7 @@ KINDS = (
     "publish",
     "evaluate",
     "checkpoint",
+    "record",
     "start",
     "wait",
 )
@@ -172,6 +173,7 @@ def summarise_timeline(totals: Mapping[tuple[str, str], float], elapsed_s: float
         "learn_s": "learn",
         "evaluate_s": "evaluate",
         "checkpoint_s": "checkpoint",
+        "ledger_s": "record",
     }
     return {
         "learner_busy_s": sum(seconds for (role, kind), seconds in totals.items() if _is_busy_learner(role, kind)),

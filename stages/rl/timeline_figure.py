@@ -36,6 +36,7 @@ COLORS = {
     "publish": "#CC79A7",
     "evaluate": "#0072B2",
     "checkpoint": "#000000",
+    "record": "#7B4B94",
     "start": "#8C8C8C",
     "wait": "#DCDCDC",
 }

@@ -50,7 +50,7 @@ from stages.rl.scorer import resolve_missing_eos_score
 from stages.rl.scoring import ProcessSettings, ScoringJob, ScoringProcess
 from stages.rl.staleness import Admission
 from stages.rl.stopping import StopSignals
-from stages.rl.timeline import Timeline
+from stages.rl.timeline import LEARNER, Timeline
 from stages.rl.training import LogMetrics, Training
 from stages.rl.value import ValueModel
 from stages.rl.weights import ProbeText, Publisher, copy_policy, link_policy, make_publisher, open_scratch
@@ -385,4 +385,5 @@ def _save(training: Training, progress: Progress, ledger: Path, save_to: PolicyO
     link_policy(training.best_directory(progress), save_to.best)
     training.export(training.learner.updates, save_to.last)
     training.kept.publish(save_to.checkpoints)
-    publish_ledger(ledger, save_to.ledger)
+    with training.timeline.span(LEARNER, "record", training.learner.updates):
+        publish_ledger(ledger, save_to.ledger)

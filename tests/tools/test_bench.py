@@ -43,18 +43,29 @@ def test_trl_agreement_records_our_half(tmp_path: Path) -> None:
     assert {row["is_finished"] for row in rows} == {True, False}
 
 
-@pytest.mark.timeout(300)
-def test_default_run_measures_a_seed_in_a_fresh_clone(tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path / "tiny")
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What default_run.py leaves of one seed: out.json, and a finished pipeline in clones/seed-3."""
+    folder = tmp_path_factory.mktemp("default_run")
+    model = save_tiny_model(folder / "tiny", head_dim=32)  # the smallest head that vLLM's CPU engine has
     settings = TOY_SETTINGS | {"model.source": {"kind": "path", "path": str(model)}}
-
     run(
         "default_run.py",
-        *("--seeds", "3", "--out", str(tmp_path / "out.json"), "--workspace", str(tmp_path / "clones")),
+        *("--seeds", "3", "--out", str(folder / "out.json"), "--workspace", str(folder / "clones")),
         *("--set", *(f"{name}={json.dumps(value)}" for name, value in settings.items())),
     )
+    return folder
 
-    measured = json.loads((tmp_path / "out.json").read_text())["runs"]["3"]
+
+@pytest.fixture(scope="module")
+def project(default_run: Path) -> Path:
+    """A checkout whose pipeline has finished; nobody changes it."""
+    return default_run / "clones/seed-3"
+
+
+@pytest.mark.timeout(300)
+def test_default_run_measures_a_seed_in_a_fresh_clone(default_run: Path) -> None:
+    measured = json.loads((default_run / "out.json").read_text())["runs"]["3"]
     assert measured["metrics"]["judge"]["num_prompts"] == 8
     assert measured["stage_s"].keys() >= {"train_sft", "train_policy", "judge_policy"}
 
@@ -197,3 +208,96 @@ def test_throughput_compares_updates_that_agree(tmp_path: Path) -> None:
         ours, plain = arm["first"]["ours"], arm["first"]["plain eager"]
         assert ours == pytest.approx(plain, rel=1e-3)
         assert arm["ratio"] > 0
+
+
+@pytest.mark.timeout(300)
+def test_generation_is_measured_against_the_offline_engine_on_the_same_work(project: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+
+    run(
+        "limits_generator.py",
+        *("--rounds", "1", "--updates", "2", "--prompts", "2", "--samples", "2", "--with-greedy", "--out", str(out)),
+        *("--set", "dtype=fp32", "max_prompt_tokens=300", "max_new_tokens=8", "--inputs", str(project / "artifacts")),
+    )
+
+    (measured,) = json.loads(out.read_text())["rounds"]
+    for arm in ("at once", "window"):
+        assert measured[arm]["tokens"]["served"] >= 12  # 2 mini-batches of 2 prompts, each with 3 completions
+        assert measured[arm]["same_groups"] >= 0.5  # the two batch differently, and a rounding may turn a draw
+        assert measured[arm]["ratio"] > 0
+        assert measured[arm]["cpu_ratio"] > 0
+
+
+@pytest.mark.timeout(300)
+def test_a_start_is_timed_until_the_first_work_and_leaves_the_project_as_it_was(project: Path, tmp_path: Path) -> None:
+    out, before = tmp_path / "out.json", (project / "dvc.lock").read_text()
+    arguments = ("--rounds", "1", "--stages", "train_policy", "--project", str(project), "--out", str(out))
+
+    run("limits_start.py", *arguments)
+    table = run("limits_start.py", "--table", "--out", str(out)).stdout
+
+    (measured,) = json.loads(out.read_text())["rounds"]
+    assert measured["nothing"].keys() == {"dvc repro", "make run"}
+    moments, shares = (measured["stages"]["train_policy"][name] for name in ("moments", "shares"))
+    assert moments["first work"] > 0
+    assert shares["import torch"] > shares["import json"]
+    # What is shared out is all there was, up to the tick in which the process began.
+    assert sum(shares.values()) == pytest.approx(max(moments["first work"], moments["learner ready"]), abs=0.5)
+    assert "`dvc repro`, nothing to do" in table
+    assert (project / "dvc.lock").read_text() == before
+
+
+@pytest.mark.timeout(300)
+def test_seconds_are_measured_against_the_size_of_the_work(project: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+
+    run(
+        "limits_scaling.py",
+        *("--model", str(project / "artifacts/base"), "--rounds", "1", "--engine", "transformers", "--out", str(out)),
+        *("--prompts", "1", "2", "--tokens", "4", "--layers", "2"),
+    )
+
+    summary = json.loads(out.read_text())["summary"]
+    assert summary.keys() == {"learner, prompts", "generator, prompts"}  # what does not change has no slope
+    assert [size for size, _ in summary["learner, prompts"]["line"]] == [1, 2]
+    assert all(math.isfinite(row["slope"]) for row in summary.values())
+
+
+@pytest.mark.timeout(300)
+def test_overlap_is_measured_in_one_arm(project: Path, tmp_path: Path) -> None:
+    tiny = [f"{name}={json.dumps(value)}" for name, value in TOY_SETTINGS.items() if name.startswith("generation.")]
+    learner = ("rl.learner.trainable_layers=all", "rl.learner.dtype=fp32", "rl.prompts_per_update=4")
+    out, inputs = tmp_path / "out.json", project / "artifacts"
+
+    run(
+        "overlap.py",
+        *("--rounds", "1", "--updates", "4", "--arms", "async 1, drain", "--inputs", str(inputs), "--out", str(out)),
+        *("--set", *tiny, *learner),
+    )
+
+    measured = json.loads(out.read_text())["summary"]["async 1, drain"]
+    assert measured["wall_s"] >= measured["publish_s"] > 0
+
+
+@pytest.mark.timeout(300)
+def test_one_table_has_every_figure_and_says_what_is_missing(project: Path, tmp_path: Path) -> None:
+    arguments = ("--out", str(tmp_path), "--inputs", str(project / "artifacts"), "--only", "limits_run.py", "study.py")
+
+    table = run("all.py", *arguments).stdout
+    nothing = subprocess.run(
+        [sys.executable, "bench/all.py", "--out", str(tmp_path / "other"), "--inputs", "nowhere", "--only", "ranks.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert [row[-1] for row in rows] == ["`limits_run.py`", "`study.py`"]
+    assert rows[0][:2] == ["publish and ledger / wall", "≤ 0.02"]
+    assert rows[0][3] in ("yes", "no")
+    assert rows[1][3] == "–"
+    assert nothing.returncode == 1
+    assert "failed: nowhere has no finished pipeline" in nothing.stdout
+    saved = json.loads((tmp_path / "table.json").read_text())["scripts"]
+    assert saved["limits_run.py"]["state"] == "measured"

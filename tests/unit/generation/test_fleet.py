@@ -39,7 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 TOKENIZER = tiny_tokenizer()
 TWO_SAMPLES = SamplingPlan(num_samples=2)
 FOREVER = ("tail", "-f", "/dev/null")
-GENERATION: dict[str, Any] = {"max_new_tokens": 4, "max_prompt_tokens": 8, "max_num_seqs": 4, "request_timeout_s": 30}
+GENERATION: dict[str, Any] = {"max_new_tokens": 4, "max_prompt_tokens": 8, "max_num_seqs": 3, "request_timeout_s": 30}
+"""A server is sent int(1.5 * 3) = 4 sequences at most."""
 PAUSE = "/pause?mode=keep&clear_cache=false"
 FORGET = "/reset_prefix_cache?reset_running_requests=true"
 UNUSABLE: dict[str, Answer] = {
@@ -414,7 +415,7 @@ def test_a_slow_server_gets_no_more_than_it_has_room_for(servers: list[ScriptedS
         slow.release()
         events += finish(fleet, 2)
 
-    assert len(slow.samples()) == 2  # two prompts of two samples are max_num_seqs=4
+    assert len(slow.samples()) == 2  # two prompts of two samples are 4 sequences, 1.5 * max_num_seqs=3
     assert slow.most_at_once == 4
     assert quick.most_at_once <= 4
     assert numbers(events) == list(range(10))

@@ -127,6 +127,7 @@ def test_the_summary_adds_up_roles_and_kinds() -> None:
         ("learner", "publish"): 2.0,
         ("learner", "evaluate"): 5.0,
         ("learner", "checkpoint"): 1.0,
+        ("learner", "record"): 0.5,
         ("scorer", "score"): 4.0,
         ("generator-0", "generate"): 30.0,
         ("generator-0", "swap"): 1.5,
@@ -136,7 +137,7 @@ def test_the_summary_adds_up_roles_and_kinds() -> None:
     }
 
     assert summarise_timeline(totals, 40.0) == {
-        "learner_busy_s": 31.0,  # 20 + 3 + 2 + 5 + 1
+        "learner_busy_s": 31.5,  # 20 + 3 + 2 + 5 + 1 + 0.5
         "generator_busy_s": 55.0,  # 30 + 25
         "generator_idle_s": 17.0,  # 2 * 40 - 55 - (1.5 + 0.5) - 6
         "wait_for_rollouts_s": 7.0,
@@ -147,6 +148,7 @@ def test_the_summary_adds_up_roles_and_kinds() -> None:
         "learn_s": 20.0,
         "evaluate_s": 5.0,
         "checkpoint_s": 1.0,
+        "ledger_s": 0.5,
         "wall_s": 40.0,
     }
 
@@ -192,7 +194,7 @@ def test_thousands_of_spans_become_a_picture_without_thousands_of_objects(tmp_pa
 def test_every_kind_has_its_own_colour(tmp_path: Path) -> None:
     timeline = Timeline(tmp_path / "timeline.jsonl")
 
-    assert len(set(COLORS.values())) == 10
+    assert len(set(COLORS.values())) == 11
     with pytest.raises(AssertionError, match="sampling"):
         timeline.add("learner", "sampling", 0.0, 1.0, 0)
     for kind in COLORS:

@@ -1,0 +1,143 @@
+"""All benchmarks at a small size, in one table: figure, target, measured, met or not. What `make bench` runs.
+
+    python bench/all.py --out .slipstream/bench
+
+Needs the artifacts of a pipeline that has finished, for the scripts that read them. all_rows.py lists the scripts with
+their arguments and the figures. Writes table.md, table.json and each script's own JSON and log into --out; a script
+that has run there on the same commit is not run again. Small sizes are noisy: a figure near its target wants the
+script's own full run (README.md). Exit code 1 if a script failed to run; a target that is missed is said, and is none.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from all_rows import Figure, Script, scripts
+from limits_report import describe_run, format_rows, write_report
+
+ROOT = Path(__file__).parents[1]
+HEAD = ("figure", "target", "measured", "met", "script")
+LIMIT_S = 900.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / ".slipstream/bench", help="folder of tables, JSON and logs")
+    parser.add_argument("--inputs", type=Path, default=ROOT / "artifacts", help="of a project that has finished")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SCRIPT", help="these alone, such as ranks.py")
+    parser.add_argument("--trl-python", help="interpreter of an environment made from requirements/trl.txt")
+    parser.add_argument("--table", action="store_true", help="print the table that is in --out, and run nothing")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    if arguments.table:
+        print((out / "table.md").read_text(encoding="utf-8"), end="")
+        return 0
+    (out / "workspace").mkdir(parents=True, exist_ok=True)
+    chosen = scripts(arguments.inputs.resolve(), out / "workspace", arguments.trl_python)
+    unknown = sorted(set(arguments.only) - {script.name for script in chosen})
+    if unknown:
+        raise SystemExit(f"--only {unknown[0]}: allowed: {', '.join(script.name for script in chosen)}")
+    report = read_state(out / "table.json")
+    for script in chosen:
+        if not arguments.only or script.name in arguments.only:
+            measure(script, arguments.inputs, out, report)
+            (out / "table.md").write_text(format_table(report) + "\n", encoding="utf-8")
+    print(format_table(report))
+    return int(any(row["state"] == "failed" for row in report["scripts"].values()))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What an earlier call found on this commit; nothing of another one."""
+    about = describe_run()
+    if path.exists():
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if report["commit"] == about["commit"]:
+            return report
+    return {**about, "scripts": {}}
+
+
+def measure(script: Script, inputs: Path, out: Path, report: dict[str, Any]) -> None:
+    """Run a script unless there is nothing to run or it has run, and note what it gave."""
+    if report["scripts"].get(script.name, {}).get("state") == "measured":
+        return
+    started = time.monotonic()
+    reason = find_obstacle(script, inputs)
+    if reason is None:
+        print(f"{script.name} …", end=" ", file=sys.stderr, flush=True)
+        row = run(script, out)
+        print(f"{row['state']}, {time.monotonic() - started:.0f} s", file=sys.stderr)
+    else:
+        row = {"state": "failed" if reason.startswith("failed") else "left out", "reason": reason, "figures": []}
+        row["figures"] = [describe(figure, None) for figure in script.figures]
+    report["scripts"][script.name] = row | {"seconds": round(time.monotonic() - started, 1)}
+    write_report(out / "table.json", report)
+
+
+def find_obstacle(script: Script, inputs: Path) -> str | None:
+    """Why a script is not run."""
+    if not (ROOT / "bench" / script.name).exists():
+        return "not there yet"
+    if script.skip:
+        return script.skip
+    if script.needs_inputs and not (inputs / "policy").exists():
+        return f"failed: {inputs} has no finished pipeline; `make run` makes one"
+    return None
+
+
+def run(script: Script, out: Path) -> dict[str, Any]:
+    """The figures of one run, or why there are none."""
+    name = script.name.replace("/", "-").removesuffix(".py")
+    result, log = out / f"{name}.json", out / f"{name}.log"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, str(ROOT / "bench" / script.name), *script.arguments, "--out", str(result)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    try:
+        with log.open("w", encoding="utf-8") as file:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False
+            )
+        if done.returncode:
+            return fail(script, f"failed: exit code {done.returncode}: {last_line(log)}")
+        measured = json.loads(result.read_text(encoding="utf-8"))
+        values = [figure.read(measured) if figure.read else None for figure in script.figures]
+    except subprocess.TimeoutExpired:
+        return fail(script, f"failed: not done after {LIMIT_S:.0f} s, see {log.name}")
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        return fail(script, f"failed: {result.name} has no such figure: {type(error).__name__}: {error}")
+    figures = [describe(figure, value) for figure, value in zip(script.figures, values, strict=True)]
+    return {"state": "measured", "reason": "ran", "figures": figures}
+
+
+def fail(script: Script, reason: str) -> dict[str, Any]:
+    return {"state": "failed", "reason": reason, "figures": [describe(figure, None) for figure in script.figures]}
+
+
+def describe(figure: Figure, value: float | None) -> dict[str, Any]:
+    met = None if value is None else figure.is_met(value)
+    return {"figure": figure.name, "target": figure.target, "measured": value, "unit": figure.unit, "met": met}
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1][:150] if lines else "it said nothing"
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """Every figure, as Markdown."""
+    rows: list[Sequence[str]] = []
+    for name, row in report["scripts"].items():
+        for figure in row["figures"]:
+            value, met = figure["measured"], {None: "–", True: "yes", False: "no"}[figure["met"]]
+            shown = row["reason"] if value is None else f"{value:.3g}{figure['unit']}"
+            rows.append((figure["figure"], figure["target"], shown.replace("|", "/"), met, f"`{name}`"))
+    return format_rows(HEAD, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

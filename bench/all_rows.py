@@ -1,0 +1,196 @@
+"""The figures of `make bench`: which script measures each at a small size, its target, and where the number lies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Read = Callable[[Any], float]
+"""The figure, from a script's JSON."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the table."""
+
+    name: str
+    read: Read | None
+    at_least: float | None = None
+    at_most: float | None = None
+    unit: str = ""
+
+    @property
+    def target(self) -> str:
+        """As it is shown."""
+        if self.at_least is not None:
+            return f"≥ {self.at_least:g}{self.unit}"
+        return "–" if self.at_most is None else f"≤ {self.at_most:g}{self.unit}"
+
+    def is_met(self, value: float) -> bool | None:
+        """None where there is no target."""
+        if self.at_least is not None:
+            return value >= self.at_least
+        return None if self.at_most is None else value <= self.at_most
+
+
+@dataclass(frozen=True)
+class Script:
+    """One run of a script."""
+
+    name: str
+    """Its file in bench/."""
+    arguments: tuple[str, ...]
+    figures: tuple[Figure, ...]
+    needs_inputs: bool = False
+    """Whether it reads the artifacts of a finished pipeline."""
+    skip: str = ""
+    """Why it is not part of the table's runs; shown in place of a number."""
+
+
+def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Script, ...]:
+    """All of them, in the order they run.
+
+    Args:
+        inputs: folder with the artifacts of a finished pipeline.
+        workspace: for whatever they write.
+        trl_python: interpreter of an environment with TRL.
+    """
+    sft, reward, project = str(inputs / "sft"), str(inputs / "reward"), str(inputs.parent)
+    given = ("--inputs", str(inputs))
+    no_trl = "" if trl_python else "needs --trl-python"
+    return (
+        Script(
+            "limits_generator.py",
+            ("--rounds", "1", "--updates", "2", *given),
+            (
+                Figure("generator / vLLM offline, at once", lambda r: r["summary"]["at once"]["ratio"], at_least=0.95),
+                Figure("generator / vLLM offline, window", lambda r: r["summary"]["window"]["ratio"], at_least=0.95),
+            ),
+            needs_inputs=True,
+        ),
+        Script(
+            "limits_run.py",
+            ("--runs", str(inputs.parent / "metrics/policy.json")),
+            (Figure("publish and ledger / wall", lambda r: r["summary"]["publish_and_ledger"], at_most=0.02),),
+            needs_inputs=True,
+        ),
+        Script(
+            "limits_start.py",
+            ("--rounds", "1", "--stages", "train_policy", "--project", project),
+            (
+                Figure("`dvc repro`, nothing to do", read_nothing("dvc repro"), at_most=4, unit=" s"),
+                Figure("`make run`, nothing to do", read_nothing("make run"), at_most=4, unit=" s"),
+                Figure("train_policy, to its first work", read_start("train_policy"), unit=" s"),
+            ),
+            needs_inputs=True,
+        ),
+        Script(
+            "limits_scaling.py",
+            ("--model", sft, "--rounds", "1", "--prompts", "8", "32", "--tokens", "24", "--layers", "30"),
+            (
+                Figure("slope, learner against prompts", lambda r: r["summary"]["learner, prompts"]["slope"]),
+                Figure("slope, generator against prompts", lambda r: r["summary"]["generator, prompts"]["slope"]),
+            ),
+            needs_inputs=True,
+        ),
+        Script(
+            "overlap.py",
+            ("--rounds", "1", "--updates", "5", "--arms", "sync, one core each", "async 1, drain", *given),
+            (
+                Figure("overlap efficiency", read_async("overlap_efficiency"), at_least=0.90),
+                Figure("publish / wall, between updates", read_async("publish_share"), at_most=0.02),
+            ),
+            needs_inputs=True,
+        ),
+        Script(
+            "memory.py",
+            (
+                *("--model", sft, "--reward", reward, "--algorithms", "ppo", "remax"),
+                *("--trainable-layers", "all", "--updates", "2", "--completions", "4"),
+            ),
+            (Figure("ReMax's saving against PPO, by the paper's sum", lambda r: r["computed_7b"]["paper"]),),
+            needs_inputs=True,
+        ),
+        Script(
+            "judge_throughput.py",
+            ("--matches", "100", "--concurrency", "8", "--workspace", str(workspace)),
+            (Figure("judge, ideal time / time", lambda r: 1 / r["arms"][0]["wall_over_ideal"]),),
+        ),
+        Script(
+            "judge_traces.py",
+            ("--num-traces", "50"),
+            (Figure("traces per second, SQLite", lambda r: r["traces_per_s"]["sqlite"]["first"]),),
+        ),
+        Script(
+            "drill.py",
+            (
+                *("--engine", "transformers", "--faults", "3", "--updates", "60", "--pause-s", "1", "--minutes", "4"),
+                *("--only", "learner:SIGKILL:publication", "learner:SIGSTOP:any", "scoring:SIGKILL:any"),
+                *("--workspace", str(workspace / "drill")),
+            ),
+            (Figure("lost or doubled after 3 faults", lambda r: sum(r["totals"]["must be 0"].values()), at_most=0),),
+        ),
+        Script(
+            "mutants.py",
+            ("--only", "best_of_n.py"),
+            (
+                Figure(
+                    "mutants that survive, best_of_n", lambda r: sum(row["killed_by"] is None for row in r), at_most=0
+                ),
+            ),
+        ),
+        Script(
+            "ranks.py",
+            ("--model", sft, "--arms", "2", "--updates", "1"),
+            (Figure("held by a rank of 2 / by 1", read_held),),
+            needs_inputs=True,
+        ),
+        *(
+            Script(f"gpu/{name}.py", ("--device", "cpu", "--smallest"), (Figure(f"gpu/{name}.py runs on CPU", None),))
+            for name in ("learner_throughput", "remax_vs_ppo_memory", "weight_transfer", "async_overlap")
+        ),
+        Script(
+            "throughput.py",
+            ("--rounds", "1", *given),
+            (Figure("learner / plain transformers, samples/s", lambda r: r["summary"]["ratio"], at_least=1.3),),
+            needs_inputs=True,
+        ),
+        Script(
+            "trl_throughput.py",
+            ("--rounds", "1", "--trl-python", trl_python or "", *given),
+            (Figure("learner / TRL, samples/s", lambda r: r["summary"]["ratio"], at_least=1.3),),
+            needs_inputs=True,
+            skip=no_trl,
+        ),
+        Script(
+            "vocabulary.py",
+            (),
+            (Figure("peak memory, large / small vocabulary", lambda r: r["summary"]["growth"], at_most=1.15),),
+        ),
+        Script(
+            "preflight.py",
+            (),
+            (Figure("memory estimate's largest error", lambda r: r["summary"]["largest_error"], at_most=0.15),),
+        ),
+        Script("study.py", (), (Figure("study", None),), skip="hours"),
+        Script("default_run.py", (), (Figure("the default run, ≤ 20 minutes", None),), skip="12 minutes a seed"),
+        Script("algorithms.py", (), (Figure("every algorithm raises the score", None),), skip="hours"),
+    )
+
+
+def read_held(report: Any) -> float:
+    """Bytes of the fuller of two ranks, of one that is alone."""
+    alone, two = (arm["held_bytes"] for arm in report["arms"])
+    return float(max(two) / max(alone))
+
+
+def read_nothing(name: str) -> Read:
+    return lambda report: float(report["summary"]["nothing"][name]["wall_s"])
+
+
+def read_start(stage: str) -> Read:
+    return lambda report: float(report["summary"]["stages"][stage]["moments"]["first work"])
+
+
+def read_async(name: str) -> Read:
+    return lambda report: float(report["summary"]["async 1, drain"][name])
