@@ -5,7 +5,7 @@ vocabulary, L blocks under training. How far the formulas are from measured byte
 """
 
 from stages.learner.config import LearnerConfig
-from stages.learner.logprobs import CHUNK
+from stages.learner.logprobs import TABLE_ROWS, count_rows
 from stages.plan.architecture import Architecture
 from stages.plan.shapes import FLOAT32, SIZES, Batch, DType, Trained
 
@@ -13,8 +13,6 @@ _LOGITS_BYTES = 14
 """Of a chunk's logits, per number: the matrix product in bf16, and three float32 tensors of `_log_softmax`."""
 _RESIDUAL_BYTES = {"bf16": 6, "fp32": 4}
 """Of a chunk's softmax in the head's backward pass, per number: float32, and its cast for the matrix product."""
-_HEAD_GRADIENT_BYTES = {"bf16": 10, "fp32": 8}
-"""Of the head's gradient on its way, per number: its float32 sum, and a chunk's product in bf16 and in float32."""
 _FEED_FORWARD: dict[str, tuple[int, int, int]] = {
     "silu": (8, 8, 16),  # gated: both projections, the activation and the product
     "relu": (2, 2, 4),  # its result is the next matrix's input
@@ -68,7 +66,7 @@ def count_ends(architecture: Architecture, batch: Batch, dtype: DType) -> float:
     if batch.is_scoring:
         return norm
     predictors = batch.completion_tokens * architecture.hidden_size * (2 * FLOAT32 + SIZES[dtype])
-    return norm + predictors + min(CHUNK, batch.completion_tokens) * architecture.vocabulary * _LOGITS_BYTES
+    return norm + predictors + _count_logits(architecture, batch) * _LOGITS_BYTES
 
 
 def count_casts(trained: Trained, config: LearnerConfig) -> float:
@@ -113,7 +111,12 @@ def _count_head(trained: Trained, batch: Batch, dtype: DType) -> float:
     copy = SIZES["bf16"] * numbers if dtype == "bf16" else 0
     if not trained.is_head_trained:
         return copy
-    # By then the forward pass's logits are gone.
-    chunk = min(CHUNK, batch.completion_tokens) * trained.architecture.vocabulary
-    residual = _RESIDUAL_BYTES[dtype] - _LOGITS_BYTES
-    return float(copy + _HEAD_GRADIENT_BYTES[dtype] * numbers + chunk * residual)
+    # Its float32 sum, and a part's product. By then the forward pass's logits are gone.
+    part = SIZES[dtype] * min(TABLE_ROWS, trained.architecture.vocabulary) * trained.architecture.hidden_size
+    residual = _count_logits(trained.architecture, batch) * (_RESIDUAL_BYTES[dtype] - _LOGITS_BYTES)
+    return float(copy + FLOAT32 * numbers + part + residual)
+
+
+def _count_logits(architecture: Architecture, batch: Batch) -> int:
+    """Numbers of a chunk."""
+    return min(count_rows(architecture.vocabulary), batch.completion_tokens) * architecture.vocabulary
