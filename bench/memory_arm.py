@@ -70,10 +70,11 @@ def main() -> None:
         config = make_config(arm)
         generation = GenerationConfig.model_validate(yaml.safe_load(PARAMS.read_text())["generation"])
         training = build_training(config, generation, Path(arm.model), Path(arm.reward), Path(name))
-        num_samples = training.preparation.algorithm.num_samples
-        if arm.completions % num_samples:
-            raise SystemExit(f"--completions {arm.completions} is not a multiple of {num_samples} samples a prompt")
-        sampled = draw_batch(training, arm.completions // num_samples, arm.prompt_tokens, arm.completion_tokens)
+        # Of its samples online DPO trains on the best and the worst.
+        num_trained = 2 if arm.algorithm == "online_dpo" else training.preparation.algorithm.num_samples
+        if arm.completions % num_trained:
+            raise SystemExit(f"--completions {arm.completions} is not a multiple of {num_trained} trained of a prompt")
+        sampled = draw_batch(training, arm.completions // num_trained, arm.prompt_tokens, arm.completion_tokens)
         if arm.what == "seconds":
             measured = time_updates(training, sampled, arm)
         else:

@@ -48,6 +48,11 @@ UPDATES = 2
 """The first one makes the optimizer's state."""
 HERE: dict[str, Any] = {"rl.score_on": "learner", "rl.reference_on": "learner", "rl.max_staleness": 0}
 """Changes that every configuration has: all models in the learner's process."""
+ROOM: dict[str, Any] = {
+    **{"sft.max_tokens": 1024, "reward.max_tokens": 1024},
+    **{"sft.learner.trainable_layers": "all", "reward.learner.trainable_layers": "all"},
+}
+"""Of stages that are not measured: sampled lengths may not be above theirs, nor layers more than the model has."""
 LEARNER = {"rl.learner.lr": 1e-8, "rl.learner.schedule": "constant", "rl.learner.warmup_fraction": 0.0}
 TARGET = 0.15
 
@@ -114,7 +119,7 @@ def measure_configuration(item: dict[str, Any]) -> dict[str, Any]:
 def write_settings(folder: Path, changes: dict[str, Any]) -> Settings:
     """params.yaml with changes, read as `make plan` reads it."""
     params = read_params()
-    for name, value in (HERE | LEARNER | changes).items():
+    for name, value in (HERE | ROOM | LEARNER | changes).items():
         *sections, key = name.split(".")
         target = params
         for section in sections:
