@@ -1,4 +1,4 @@
-"""How much memory and time does ReMax save against PPO, RLOO and GRPO, with the same model and batch, on our own code?
+"""How much memory and time does ReMax save against PPO, RLOO, GRPO and online DPO, with the same model and batch?
 
     python bench/memory.py --model artifacts/sft --reward artifacts/reward --out docs/benchmarks/2026-11-21-memory.json
 
@@ -31,7 +31,7 @@ from typing import Any
 from default_run import describe_machine, git
 
 ROOT = Path(__file__).parents[1]
-ALGORITHMS = ("ppo", "remax", "rloo", "grpo")
+ALGORITHMS = ("ppo", "remax", "rloo", "grpo", "online_dpo")
 WARM_UP = 1
 """Updates before the timed ones."""
 SETTINGS = ("completions", "prompt_tokens", "completion_tokens", "micro_batch_tokens", "dtype", "threads", "updates")
@@ -63,15 +63,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="compute type")
     parser.add_argument("--threads", type=int, default=1, help="with 1, CPU seconds are free of other work's share")
     parser.add_argument("--updates", type=int, default=10, help=f"timed, after {WARM_UP} that is not")
+    parser.add_argument("--bytes-only", action="store_true", help="leave seconds to a quiet machine and a later call")
     parser.add_argument("--generation-s", type=float, help="in which the samples of an update are generated, if known")
     arguments = parser.parse_args()
     report = read_report(arguments)
     for layers in arguments.trainable_layers:
         arms = report["arms"].setdefault(layers, {})
         for algorithm in arguments.algorithms:
+            settings = {"algorithm": algorithm, "trainable_layers": layers}
             if algorithm not in arms:
-                settings = {"algorithm": algorithm, "trainable_layers": layers}
-                arms[algorithm] = start(arguments, settings, "bytes") | start(arguments, settings, "seconds")
+                arms[algorithm] = start(arguments, settings, "bytes") | note_commit(report)
+            if "seconds" not in arms[algorithm] and not arguments.bytes_only:
+                arms[algorithm] |= start(arguments, settings, "seconds")
             report |= summarise(report["arms"], arguments.generation_s)
             if arguments.out:
                 arguments.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -90,9 +93,15 @@ def read_report(arguments: argparse.Namespace) -> dict[str, Any]:
         return {**settings, "arms": {}}
     report: dict[str, Any] = json.loads(arguments.out.read_text())
     for key, value in settings.items():
-        if report.get(key) != value:
+        if key != "commit" and report.get(key) != value:
             raise SystemExit(f"{arguments.out}: {key} is {report.get(key)!r}, now {value!r}; name another file")
     return report
+
+
+def note_commit(report: dict[str, Any]) -> dict[str, str]:
+    """Of an arm that is added to a file of another commit."""
+    commit = git("rev-parse", "HEAD")
+    return {} if commit == report["commit"] else {"commit": commit}
 
 
 def start(arguments: argparse.Namespace, settings: dict[str, str], what: str) -> dict[str, Any]:
@@ -129,7 +138,6 @@ def total(arm: dict[str, Any]) -> dict[str, float]:
     models = arm["bytes"].values()
     state = sum(model.get(name, 0) for model in models for name in STATE)
     transient = [sum(model.get(name, 0) for name in TRANSIENT) for model in models]
-    seconds, cpu_seconds = sum(arm["seconds"].values()), sum(arm["cpu_seconds"].values())
     return {
         "state_bytes": state,
         # As the paper counts: gradients and activations of each trained model.
@@ -138,6 +146,15 @@ def total(arm: dict[str, Any]) -> dict[str, float]:
         "one_after_the_other_bytes": state + max(transient),
         "between_updates_bytes": arm["between_updates_bytes"],
         "peak_bytes": max(arm["peak_bytes"].values()),
+    } | total_seconds(arm)
+
+
+def total_seconds(arm: dict[str, Any]) -> dict[str, float]:
+    """None where they are not measured yet."""
+    if "seconds" not in arm:
+        return {}
+    seconds, cpu_seconds = sum(arm["seconds"].values()), sum(arm["cpu_seconds"].values())
+    return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "seconds_without_scoring": seconds - arm["seconds"]["score"],
@@ -148,7 +165,9 @@ def total(arm: dict[str, Any]) -> dict[str, float]:
 def compare(other: dict[str, Any], remax: dict[str, Any], generation_s: float | None) -> dict[str, Any]:
     """Shares saved by ReMax; above 0 it needs less."""
     theirs, own = total(other), total(remax)
-    shares = {name: save(theirs[name], own[name]) for name in theirs}
+    shares = {name: save(theirs[name], own[name]) for name in theirs if name in own}
+    if "seconds" not in shares:
+        return shares
     clocks = ("seconds", "cpu_seconds")
     # ReMax's update is the faster one where its greedy completions take less than this to generate.
     shares |= {f"break_even_generation_{clock}": round(theirs[clock] - own[clock], 3) for clock in clocks}

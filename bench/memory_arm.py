@@ -29,7 +29,7 @@ from stages.common.entry import QUIET_DEFAULTS
 from stages.data.records import Completion
 from stages.generation.config import GenerationConfig
 from stages.generation.protocol import Request, SamplingPlan, Ticket
-from stages.learner.ranks import ALONE
+from stages.learner.ranks import ALONE, Ranks
 from stages.rl import train
 from stages.rl.config import RlConfig
 from stages.rl.mini_batch import Sampled
@@ -67,8 +67,14 @@ def main() -> None:
     arm = Arm(**json.loads(parser.parse_args().arm))
     before_bytes = ProcessMemory().read_current()
     with tempfile.TemporaryDirectory(prefix="memory-") as name:
-        training = build_training(arm, Path(name))
-        sampled = draw_batch(training, arm)
+        config = make_config(arm)
+        generation = GenerationConfig.model_validate(yaml.safe_load(PARAMS.read_text())["generation"])
+        training = build_training(config, generation, Path(arm.model), Path(arm.reward), Path(name))
+        # Of its samples online DPO trains on the best and the worst.
+        num_trained = 2 if arm.algorithm == "online_dpo" else training.preparation.algorithm.num_samples
+        if arm.completions % num_trained:
+            raise SystemExit(f"--completions {arm.completions} is not a multiple of {num_trained} trained of a prompt")
+        sampled = draw_batch(training, arm.completions // num_trained, arm.prompt_tokens, arm.completion_tokens)
         if arm.what == "seconds":
             measured = time_updates(training, sampled, arm)
         else:
@@ -118,12 +124,12 @@ def make_config(arm: Arm) -> RlConfig:
     return RlConfig.model_validate(section)
 
 
-def build_training(arm: Arm, workdir: Path) -> Training:
+def build_training(
+    config: RlConfig, generation: GenerationConfig, model: Path, reward: Path, workdir: Path, ranks: Ranks = ALONE
+) -> Training:
     """The learner and what surrounds it, made by the stage's own code."""
-    config = make_config(arm)
-    generation = GenerationConfig.model_validate(yaml.safe_load(PARAMS.read_text())["generation"])
     setting = train._Setting(
-        inputs=train.PolicyInputs(workdir, Path(arm.model), Path(arm.reward)),
+        inputs=train.PolicyInputs(workdir, model, reward),
         config=config,
         generation=generation,
         algorithm=train.make_algorithm(config, generation),
@@ -131,24 +137,22 @@ def build_training(arm: Arm, workdir: Path) -> Training:
         prompts=train._Prompts([], []),
         workdir=workdir,
     )
-    return train._make_training(setting, Timeline(workdir / "timeline.jsonl"), lambda *_: None, ALONE)
+    return train._make_training(setting, Timeline(workdir / "timeline.jsonl"), lambda *_: None, ranks)
 
 
-def draw_batch(training: Training, arm: Arm) -> list[Sampled]:
+def draw_batch(training: Training, num_prompts: int, prompt_tokens: int, completion_tokens: int) -> list[Sampled]:
     """Groups of random tokens, as a generator would have sampled them."""
     algorithm, vocabulary = training.preparation.algorithm, training.learner.model.config.vocab_size
     plan = SamplingPlan(algorithm.num_samples, algorithm.with_greedy)
-    if arm.completions % plan.num_samples:
-        raise SystemExit(f"--completions {arm.completions} is not a multiple of {plan.num_samples} samples a prompt")
     generator = torch.Generator().manual_seed(0)
 
     def draw(num: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, vocabulary, (num,), generator=generator).tolist())
 
     sampled = []
-    for number in range(arm.completions // plan.num_samples):
-        request = Request(str(number), draw(arm.prompt_tokens), seed=number)
-        tokens = [draw(arm.completion_tokens) for _ in range(plan.num_completions)]
+    for number in range(num_prompts):
+        request = Request(str(number), draw(prompt_tokens), seed=number)
+        tokens = [draw(completion_tokens) for _ in range(plan.num_completions)]
         group = [
             make_completion(request, index, index >= plan.num_samples, token_ids, -math.log(vocabulary))
             for index, token_ids in enumerate(tokens)

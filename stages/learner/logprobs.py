@@ -19,7 +19,11 @@ from stages.learner.shared_prompts import read_shared
 from stages.models.sharding import call_as_forward, gathered, is_shared_out
 
 CHUNK = 256
-"""Rows whose logits exist at once: 256 x 49,152 x 4 bytes = 48 MiB."""
+"""Most rows whose logits exist at once."""
+NUMBERS = CHUNK * 49_152
+"""Most numbers of those logits, 48 MiB in float32: a larger vocabulary has fewer rows, not more bytes."""
+TABLE_ROWS = 8192
+"""Rows of the head whose gradient is added up at once."""
 
 
 def compute_logprobs(model: PreTrainedModel, batch: SequenceBatch, temperature: float = 1.0) -> Tensor:
@@ -68,11 +72,15 @@ def gather_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature
     Returns:
         [N]
     """
-    weight = _cast_like(weight, hidden)
     if not torch.is_grad_enabled():  # a Function cannot see that, and would keep what backward needs
         hidden, weight = hidden.detach(), weight.detach()
     logprobs: Tensor = _ChunkedLogprobs.apply(hidden, weight, targets, temperature)  # type: ignore[no-untyped-call]
     return logprobs
+
+
+def count_rows(vocabulary: int) -> int:
+    """Rows whose logits exist at once."""
+    return max(1, min(CHUNK, NUMBERS // vocabulary))
 
 
 def compute_logprobs_and_kl(
@@ -129,7 +137,8 @@ def compute_kl(
     mine, other = (len(hidden), len(weight)), (len(reference_hidden), len(reference_weight))
     if mine != other:
         raise ValueError(f"model and reference differ in (positions, vocabulary): {mine} and {other}")
-    parts = zip(hidden.split(CHUNK), reference_hidden.split(CHUNK), strict=True)
+    size = count_rows(len(weight))
+    parts = zip(hidden.split(size), reference_hidden.split(size), strict=True)
     # The backward pass computes a chunk's logits again instead of keeping them.
     kl = [
         checkpoint(_chunk_kl, rows, weight, reference_rows, reference_weight, temperature, use_reentrant=False)
@@ -180,15 +189,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     With p = softmax(hidden @ weight.T / temperature), d logprob_n / d hidden_n = (weight[target_n] − p_n @ weight)
     / temperature: an [N, H] tensor. A frozen head (only the top layers are trained) then needs no logits in the
-    backward pass at all; a trained head recomputes them chunk by chunk.
+    backward pass at all; a trained head recomputes them chunk by chunk. Its gradient is added up in float32 in place,
+    and is the only thing of the head's size that the backward pass makes.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        ctx.temperature, ctx.hidden_dtype, ctx.weight_dtype = temperature, hidden.dtype, weight.dtype
+        weight = _cast_like(weight, hidden)
         compute = hidden.detach().to(weight.dtype)
+        size = count_rows(len(weight))
         logprobs, slopes = [], []
-        for rows, ids in zip(compute.split(CHUNK), targets.split(CHUNK), strict=True):
+        for rows, ids in zip(compute.split(size), targets.split(size), strict=True):
             log_softmax = _log_softmax(rows, weight, temperature)  # [C, V]
             logprobs.append(log_softmax.gather(1, ids[:, None]).squeeze(1))
             if needs_grad:
@@ -196,8 +209,6 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 slopes.append((weight[ids].float() - expected.float()) / temperature)
         if needs_grad:
             ctx.save_for_backward(compute, weight, targets, torch.cat(slopes))
-            ctx.temperature = temperature
-            ctx.hidden_dtype = hidden.dtype
         return torch.cat(logprobs)
 
     @staticmethod
@@ -207,14 +218,29 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            parts = zip(compute.split(CHUNK), targets.split(CHUNK), grad.split(CHUNK), strict=True)
+            size = count_rows(len(weight))
+            parts = zip(compute.split(size), targets.split(size), grad.split(size), strict=True)
             for rows, ids, incoming in parts:
                 residual = _log_softmax(rows, weight, ctx.temperature).exp_().neg_()  # -p  [C, V]
                 residual[torch.arange(len(ids)), ids] += 1
                 residual *= incoming[:, None] / ctx.temperature
-                grad_weight += (residual.to(weight.dtype).T @ rows).float()
-            grad_weight = grad_weight.to(weight.dtype)
+                _add_products(grad_weight, residual, rows)
+            _round(grad_weight, weight.dtype)
+            grad_weight = grad_weight.to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _add_products(total: Tensor, residual: Tensor, rows: Tensor) -> None:
+    """total += residual.T @ rows, some rows of the table at a time. [V, H], [C, V], [C, H]"""
+    for part, columns in zip(total.split(TABLE_ROWS), residual.split(TABLE_ROWS, dim=1), strict=True):
+        part += columns.to(rows.dtype).T @ rows
+
+
+def _round(total: Tensor, dtype: torch.dtype) -> None:
+    """To the compute type and back, in place: the gradient of a weight that was cast."""
+    if dtype != total.dtype:
+        for part in total.split(TABLE_ROWS):
+            part.copy_(part.to(dtype))
 
 
 def _log_softmax(rows: Tensor, weight: Tensor, temperature: float) -> Tensor:

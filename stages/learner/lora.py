@@ -57,7 +57,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, layers: TrainableLa
     from peft import inject_adapter_in_model
 
     select_trainable(model, layers, f"{setting}.trainable_layers")
-    names = _find_targets(model, config, layers, setting)
+    names = find_targets(model, config, layers, setting)
     freeze(model)
     settings = PeftConfig(
         r=config.rank,
@@ -116,7 +116,12 @@ def list_adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
     }
 
 
-def _find_targets(model: PreTrainedModel, config: LoraConfig, layers: TrainableLayers, setting: str) -> list[str]:
+def find_targets(model: PreTrainedModel, config: LoraConfig, layers: TrainableLayers, setting: str) -> list[str]:
+    """Names of the linear layers that get an adapter; see `add_adapters`.
+
+    Raises:
+        SettingError: a target that is no linear layer of a block.
+    """
     blocks = find_blocks(model)
     chosen = set(blocks if layers == "all" else blocks[len(blocks) - layers :])
     inside = {id(module) for block in chosen for module in block.modules()}

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from stages.common.errors import InputError
+from stages.learner.config import LoraConfig
+from stages.learner.lora import find_targets
 from stages.models.config import HubSource, ModelConfig, PackageSource, PathSource
 from stages.models.load import TrainableLayers, find_blocks, select_trainable
 from stages.plan.settings import Places
@@ -119,6 +121,27 @@ class Architecture:
         model = _build(self.config)
         select_trainable(model, layers, setting)
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    def count_below(self, size: int) -> int:
+        """Numbers in parameters of fewer than `size` numbers each."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.numel() < size)
+
+    def list_adapted(self, lora: LoraConfig, layers: TrainableLayers, setting: str) -> list[tuple[int, int]]:
+        """Inputs and outputs of every linear layer that gets an adapter.
+
+        Args:
+            lora: which layers.
+            layers: all, or the top n.
+            setting: path of `layers`, for the message.
+
+        Raises:
+            SettingError: layers that are not there.
+        """
+        model = _build(self.config)
+        select_trainable(model, layers, setting)
+        names = find_targets(model, lora, layers, setting.removesuffix(".trainable_layers"))
+        linear = [model.get_submodule(name) for name in names]
+        return [(item.in_features, item.out_features) for item in linear if isinstance(item, nn.Linear)]
 
 
 def find_architecture(model: ModelConfig, places: Places) -> Architecture:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from stages.learner.config import LearnerConfig
 from stages.plan.architecture import Architecture
 from stages.plan.batches import RunPlan
 from stages.plan.settings import Settings
@@ -33,21 +34,14 @@ def check_settings(settings: Settings, policy: Architecture, run: RunPlan) -> li
 
 
 def check_learners(settings: Settings) -> Iterator[Finding]:
-    """The memory that is shown is one rank's with all weights on its device: more than these settings leave there."""
-    sections = {"sft": settings.sft.learner, "reward": settings.reward.learner, "rl": settings.rl.learner}
-    for name, learner in sections.items():
-        saving = {
-            "num_ranks": learner.num_ranks > 1,
-            "offload_optimizer": learner.offload_optimizer != "none",
-            "offload_parameters": learner.offload_parameters != "none",
-            "gradient_checkpointing": learner.gradient_checkpointing,
-            "lora": learner.lora is not None,
-        }
-        used = [setting for setting, is_used in saving.items() if is_used]
-        if used:
+    """What a learner's settings ask of the machine beside its devices."""
+    for name in ("sft", "reward", "rl"):
+        learner: LearnerConfig = getattr(settings, name).learner
+        moved = [which for which in ("optimizer", "parameters") if getattr(learner, f"offload_{which}") == "cpu"]
+        if moved:
+            settings_moved = ", ".join(f"offload_{which}" for which in moved)
             yield Finding(
-                "not checked",
-                f"{name}.learner: memory is shown without what {', '.join(used)} saves; see docs/learner.md",
+                "not checked", f"{name}.learner: whether main memory holds what {settings_moved} moves there from GPUs"
             )
 
 

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from stages.learner.config import LearnerConfig
 from stages.plan.architecture import Architecture
 from stages.plan.batches import RunPlan
-from stages.plan.memory import FLOAT32, MOMENTS, SIZES, Trained
+from stages.plan.memory import MOMENTS
 from stages.plan.settings import Settings
+from stages.plan.shapes import FLOAT32, SIZES, Trained
 from stages.rl.algorithm_config import PpoConfig
 from stages.rl.train import make_algorithm
 
@@ -72,16 +74,18 @@ def _list_kept(settings: Settings, run: RunPlan, model: float) -> list[DiskItem]
 def _count_checkpoints(settings: Settings, policy: Architecture) -> float:
     """The largest stage's: a checkpoint is written beside the last one. RL has its best version there besides."""
     sft, reward, rl = settings.sft.learner, settings.reward.learner, settings.rl.learner
-    stages = [count_checkpoint(Trained(policy, sft.trainable_layers, "sft.learner.trainable_layers"))]
+    stages = [count_checkpoint(_describe(policy, sft, "sft"))]
     if not settings.has_rule:
-        stages.append(
-            count_checkpoint(Trained(policy, reward.trainable_layers, "reward.learner.trainable_layers", True))
-        )
-    of_rl = count_checkpoint(Trained(policy, rl.trainable_layers, "rl.learner.trainable_layers"))
+        stages.append(count_checkpoint(_describe(policy, reward, "reward", is_reward=True)))
+    of_rl = count_checkpoint(_describe(policy, rl, "rl"))
     if isinstance(settings.rl.algorithm, PpoConfig):
-        of_rl += count_checkpoint(Trained(policy, rl.trainable_layers, "rl.learner.trainable_layers", True))
+        of_rl += count_checkpoint(_describe(policy, rl, "rl", is_reward=True))
     best = _SAVED * policy.num_parameters
     return max(*(2 * num_bytes for num_bytes in stages), 2 * of_rl + best)
+
+
+def _describe(policy: Architecture, learner: LearnerConfig, section: str, *, is_reward: bool = False) -> Trained:
+    return Trained(policy, learner.trainable_layers, f"{section}.learner.trainable_layers", is_reward, learner.lora)
 
 
 def count_checkpoint(trained: Trained) -> float:
@@ -89,6 +93,7 @@ def count_checkpoint(trained: Trained) -> float:
 
     Frozen parameters are left out, but for a tied table: DeepSpeed knows it under its other name too, and keeps that.
     """
-    is_kept = trained.layers != "all" and not trained.is_reward and trained.architecture.config.tie_word_embeddings
+    is_tied = trained.architecture.config.tie_word_embeddings
+    is_kept = trained.layers != "all" and trained.lora is None and not trained.is_reward and is_tied
     table = FLOAT32 * trained.architecture.head_parameters if is_kept else 0
     return float(_CHECKPOINT_BYTES * trained.num_trained + table)

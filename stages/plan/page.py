@@ -12,7 +12,7 @@ from stages.plan.settings import Settings
 
 NUM_ROLLOUTS = 3
 """First rollouts that are shown; then the last one."""
-_MEMORY = ("stage", "process", "on", "weights", "optimizer", "gradients", "activations", "cache", "needs")
+_MEMORY = ("stage", "process", "on", "weights", "optimizer", "gradients", "activations", "cache", "offloaded", "needs")
 
 
 def show_model(policy: Architecture) -> Iterator[str]:
@@ -70,7 +70,15 @@ def show_memory(settings: Settings, processes: Sequence[Process], devices: Devic
     before = None
     for item in processes:
         parts = item.parts
-        sizes = (parts.weights, parts.optimizer, parts.gradients, parts.activations, parts.cache, item.needs)
+        sizes = (
+            parts.weights,
+            parts.optimizer,
+            parts.gradients,
+            parts.activations,
+            parts.cache,
+            parts.host,
+            item.needs,
+        )
         stage = item.stage if item.stage != before else ""
         rows.append((stage, item.name, item.device, *(_gib(size) for size in sizes)))  # type: ignore[arg-type]
         before = item.stage

@@ -1,11 +1,11 @@
 """Which process of which stage holds which models where, and whether that fits.
 
 Processes of one stage run at once unless their phases differ. On CPU all share one memory; on GPUs each takes from the
-device that it runs on: the learner's first one, a server's first n (n: `--tensor-parallel-size`).
+device that it runs on: each rank of the learner one of its own, a server its first n (n: `--tensor-parallel-size`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stages.common.errors import SettingError
 from stages.common.guard import parse_cores
@@ -13,16 +13,9 @@ from stages.learner.config import EpochsConfig, LearnerConfig
 from stages.plan.architecture import Architecture
 from stages.plan.batches import UpdatePlan
 from stages.plan.devices import GIB, Devices
-from stages.plan.memory import (
-    Batch,
-    ModelBytes,
-    Trained,
-    count_frozen_model,
-    count_generator,
-    count_trained_model,
-    make_batch,
-)
+from stages.plan.memory import count_frozen_model, count_generator, count_trained_model
 from stages.plan.settings import Settings
+from stages.plan.shapes import Batch, ModelBytes, Trained, make_batch
 from stages.rl.algorithm_config import PpoConfig
 from stages.rl.placement import place
 from stages.rl.train import make_algorithm
@@ -30,6 +23,9 @@ from stages.rl.train import make_algorithm
 PROCESS_BYTES = 0.64e9
 """Python with its libraries, measured on CPU (docs/benchmarks/2026-11-21-memory.json: `before_bytes`). On a GPU the
 same is assumed for the CUDA context."""
+RUNNING_BYTES = 0.11e9
+"""What libraries take once a learner computes, beside every tensor: measured on CPU, between updates
+(docs/benchmarks/2026-11-21-memory.md)."""
 DEFAULT_UTILIZATION = 0.92
 """vLLM's `--gpu-memory-utilization`: the share of a GPU that a server takes, whatever it needs."""
 GOLD_BATCH_TOKENS = 4096
@@ -80,13 +76,9 @@ def list_processes(settings: Settings, models: Models, update: UpdatePlan, devic
         SettingError: layers, devices or arguments that do not go together.
     """
     return [
-        _train_epochs("train_sft", settings.sft, models.policy, devices, rows=1),
+        *_train_epochs("train_sft", settings.sft, models.policy, devices, rows=1),
         *_label_pairs(settings, models, devices),
-        *(
-            []
-            if settings.has_rule
-            else [_train_epochs("train_reward", settings.reward, models.policy, devices, rows=2)]
-        ),
+        *_train_reward(settings, models, devices),
         *_train_policy(settings, models, update, devices),
         *_sample_policy(settings, models, devices),
         *_judge_policy(settings, models, devices),
@@ -130,14 +122,23 @@ def count_shards(arguments: Sequence[str]) -> int:
     return int(value)
 
 
-def _train_epochs(stage: str, config: EpochsConfig, policy: Architecture, devices: Devices, *, rows: int) -> Process:
+def _train_epochs(
+    stage: str, config: EpochsConfig, policy: Architecture, devices: Devices, *, rows: int
+) -> Iterator[Process]:
     """SFT trains single sequences, the reward model pairs."""
     is_reward = rows == 2
-    completion = 0 if is_reward else config.max_tokens
-    batch = make_batch(config.learner.micro_batch_tokens, rows, config.max_tokens, completion, config.batch_size)
-    section = "reward" if is_reward else "sft"
-    parts = _count_learner(policy, config.learner, batch, section, devices)
-    return _make_process(stage, "learner", devices.name(devices.numbers[0]), [parts])
+    completion, learner = 0 if is_reward else config.max_tokens, config.learner
+    batch = make_batch(
+        learner.micro_batch_tokens, rows, config.max_tokens, completion, config.batch_size, learner.num_ranks
+    )
+    parts = _count_learner(policy, learner, batch, "reward" if is_reward else "sft", devices)
+    yield from _list_ranks(stage, "learner", _find_places(learner, devices.numbers, devices), [parts])
+
+
+def _train_reward(settings: Settings, models: Models, devices: Devices) -> Iterator[Process]:
+    """Nothing is trained where a rule scores."""
+    if not settings.has_rule:
+        yield from _train_epochs("train_reward", settings.reward, models.policy, devices, rows=2)
 
 
 def _label_pairs(settings: Settings, models: Models, devices: Devices) -> Iterator[Process]:
@@ -150,14 +151,13 @@ def _label_pairs(settings: Settings, models: Models, devices: Devices) -> Iterat
 def _train_policy(settings: Settings, models: Models, update: UpdatePlan, devices: Devices) -> Iterator[Process]:
     config = settings.rl
     placement = place(config, devices.numbers)
-    learner = min(parse_cores(placement.learner))
     is_live = not config.is_offline and config.replay_from is None
-    yield _make_process(
-        "train_policy",
-        _name_learner(settings),
-        devices.name(learner),
-        list(_list_learner(settings, models, update, devices)),
-    )
+    numbers = sorted(parse_cores(placement.learner))
+    held = list(_list_learner(settings, models, update, devices))
+    # The reward model is rank 0's alone.
+    extra = list(_list_scorer(settings, models, update, devices))
+    places = _find_places(config.learner, numbers, devices)
+    yield from _list_ranks("train_policy", _name_learner(settings), places, held, of_first=extra)
     if not is_live:
         return
     groups = [tuple(sorted(parse_cores(item))) for item in placement.generators]
@@ -169,20 +169,55 @@ def _train_policy(settings: Settings, models: Models, update: UpdatePlan, device
 
 
 def _list_learner(settings: Settings, models: Models, update: UpdatePlan, devices: Devices) -> Iterator[ModelBytes]:
-    """Policy and reference, which are always there; value and reward model where the settings ask for them."""
+    """What every rank holds: the policy, the reference (with adapters it is the policy without them), PPO's value."""
     config = settings.rl
     batch = _make_rl_batch(settings, update)
     yield _count_learner(models.policy, config.learner, batch, "rl", devices)
-    yield count_frozen_model(models.policy, batch, "fp32", config.learner.dtype, is_gpu=devices.is_gpu)
-    if config.is_offline:
-        return
-    scores = Batch(batch.tokens, batch.sequence_tokens, 0)
+    if config.learner.lora is None:
+        yield count_frozen_model(models.policy, batch, "fp32", config.learner.dtype, is_gpu=devices.is_gpu)
     if isinstance(config.algorithm, PpoConfig):
-        yield _count_learner(models.policy, config.learner, scores, "rl", devices)
-    if config.score_on == "learner" and not settings.has_rule and config.replay_from is None:
+        yield _count_learner(models.policy, config.learner, replace(batch, completion_tokens=0), "rl", devices)
+
+
+def _list_scorer(settings: Settings, models: Models, update: UpdatePlan, devices: Devices) -> Iterator[ModelBytes]:
+    """The reward model, where it is in the learner's process."""
+    config = settings.rl
+    if _has_scorer(settings):
+        scores = replace(_make_rl_batch(settings, update), completion_tokens=0)
         yield count_frozen_model(
             models.policy, scores, config.learner.dtype, config.learner.dtype, is_gpu=devices.is_gpu
         )
+
+
+def _has_scorer(settings: Settings) -> bool:
+    config = settings.rl
+    is_live = not config.is_offline and config.replay_from is None
+    return is_live and config.score_on == "learner" and not settings.has_rule
+
+
+def _find_places(learner: LearnerConfig, numbers: Sequence[int], devices: Devices) -> list[str]:
+    """Whose memory each rank of this machine takes; with more ranks than GPUs the others are on other machines."""
+    if devices.is_gpu:
+        return [devices.name(number) for number in numbers[: learner.num_ranks]]
+    return [devices.name(numbers[0])] * learner.num_ranks
+
+
+def _list_ranks(
+    stage: str, name: str, places: Sequence[str], models: Sequence[ModelBytes], of_first: Sequence[ModelBytes] = ()
+) -> Iterator[Process]:
+    """A process for each rank.
+
+    Args:
+        stage: whose learner.
+        name: of its process.
+        places: devices of the ranks.
+        models: that every rank holds a share of.
+        of_first: models that rank 0 holds besides.
+    """
+    for rank, place_ in enumerate(places):
+        held = [*models, *of_first] if rank == 0 else models
+        suffix = f", rank {rank}" if len(places) > 1 else ""
+        yield _make_process(stage, name + suffix, place_, held, running=RUNNING_BYTES)
 
 
 def _list_beside(settings: Settings, models: Models, devices: Devices) -> Iterator[ModelBytes]:
@@ -261,15 +296,18 @@ def _make_rl_batch(settings: Settings, update: UpdatePlan) -> Batch:
         longest = completion = settings.reward.max_tokens
     else:
         longest, completion = settings.longest, settings.generation.max_new_tokens
-    return make_batch(config.learner.micro_batch_tokens, update.rows_per_unit, longest, completion, update.num_units)
+    learner = config.learner
+    return make_batch(
+        learner.micro_batch_tokens, update.rows_per_unit, longest, completion, update.num_units, learner.num_ranks
+    )
 
 
 def _count_learner(
     policy: Architecture, learner: LearnerConfig, batch: Batch, section: str, devices: Devices
 ) -> ModelBytes:
     setting = f"{section}.learner.trainable_layers"
-    trained = Trained(policy, learner.trainable_layers, setting, is_reward=batch.is_scoring)
-    return count_trained_model(trained, batch, learner.dtype, is_gpu=devices.is_gpu)
+    trained = Trained(policy, learner.trainable_layers, setting, batch.is_scoring, learner.lora)
+    return count_trained_model(trained, batch, learner, is_gpu=devices.is_gpu)
 
 
 def _count_gold(settings: Settings, gold: Architecture, devices: Devices) -> ModelBytes:
@@ -279,15 +317,17 @@ def _count_gold(settings: Settings, gold: Architecture, devices: Devices) -> Mod
 
 def _name_learner(settings: Settings) -> str:
     config = settings.rl
-    held = ["policy", "reference"]
+    held = ["policy"] if config.learner.lora else ["policy", "reference"]
     if isinstance(config.algorithm, PpoConfig):
         held.append("value")
-    if config.score_on == "learner" and not settings.has_rule and not config.is_offline and config.replay_from is None:
+    if _has_scorer(settings):
         held.append("reward")
     return " + ".join(held)
 
 
-def _make_process(stage: str, name: str, device: str, models: Sequence[ModelBytes], phase: int = 0) -> Process:
+def _make_process(
+    stage: str, name: str, device: str, models: Sequence[ModelBytes], phase: int = 0, running: float = 0
+) -> Process:
     """Models of one process compute one after the other, so only the largest gradients and activations count."""
     busiest = max(models, key=lambda item: item.gradients + item.activations)
     parts = ModelBytes(
@@ -296,8 +336,9 @@ def _make_process(stage: str, name: str, device: str, models: Sequence[ModelByte
         gradients=busiest.gradients,
         activations=busiest.activations,
         cache=sum(item.cache for item in models),
+        host=sum(item.host for item in models),
     )
-    return Process(stage, name, device, parts, parts.total + PROCESS_BYTES, phase)
+    return Process(stage, name, device, parts, parts.total + PROCESS_BYTES + running, phase)
 
 
 def _find_argument(arguments: Sequence[str], name: str, default: str) -> str:

@@ -120,7 +120,7 @@ def test_the_bytes_of_a_tiny_model_are_those_of_its_types(tmp_path: Path) -> Non
     run(
         "memory.py",
         *("--model", str(inputs.sft), "--reward", str(inputs.reward), "--out", str(tmp_path / "out.json")),
-        *("--algorithms", "ppo", "remax", "--trainable-layers", "all", "--updates", "2"),
+        *("--algorithms", "ppo", "remax", "online_dpo", "--trainable-layers", "all", "--updates", "2"),
         *("--completions", "2", "--prompt-tokens", "6", "--completion-tokens", "5"),
     )
 
@@ -134,7 +134,8 @@ def test_the_bytes_of_a_tiny_model_are_those_of_its_types(tmp_path: Path) -> Non
     assert sizes == pytest.approx([4 * 26_880, 4 * 26_880, 4 * 26_880, 8 * 26_880], abs=100)
     assert remax["bytes"]["reward model"]["weights"] == pytest.approx(2 * 26_912, abs=100)
     assert ppo["seconds"].keys() - remax["seconds"].keys() == {"values", "learn value"}
-    assert (ppo["scored_completions"], remax["scored_completions"]) == (2, 4)
+    scored = [arm["scored_completions"] for arm in report["arms"]["all"].values()]
+    assert scored == [2, 4, 4]  # with the greedy ones; of four samples online DPO trains on two
     assert report["computed_7b"]["paper"] == 0.4607  # (147.02 + 2 * 12.55) / (2 * 147.02 + 2 * 12.55) = 0.5393
 
 
@@ -301,3 +302,36 @@ def test_one_table_has_every_figure_and_says_what_is_missing(project: Path, tmp_
     assert "failed: nowhere has no finished pipeline" in nothing.stdout
     saved = json.loads((tmp_path / "table.json").read_text())["scripts"]
     assert saved["limits_run.py"]["state"] == "measured"
+
+
+def test_the_estimate_of_a_tiny_learner_is_shown_beside_its_peak(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 259}
+    shape = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    changes = {"rl.algorithm": {"name": "remax"}, "rl.prompts_per_update": 2, "rl.learner.trainable_layers": "all"}
+    lengths = {"generation.max_prompt_tokens": 6, "generation.max_new_tokens": 5}
+    item = {"name": "tiny", "model": shape | sizes, "changes": changes | lengths}
+    (tmp_path / "items.json").write_text(json.dumps([item]))
+
+    done = run("preflight.py", "--configurations", str(tmp_path / "items.json"), "--out", str(tmp_path / "out.json"))
+
+    measured = json.loads((tmp_path / "out.json").read_text())["configurations"]["tiny"]
+    assert measured["parameters"] == 35_168  # 2 x 8,288 of two tables, 2 x 9,280 of layers, 32 of the last norm
+    assert len(measured["estimated_bytes"]) == len(measured["peak_bytes"]) == 1
+    assert measured["peak_bytes"][0] > 0
+    assert "| tiny | 0 |" in done.stdout
+
+
+def test_growth_with_the_vocabulary_counts_what_the_embeddings_need(tmp_path: Path) -> None:
+    run(
+        "vocabulary.py",
+        *("--vocabularies", "300", "1300", "--losses", "chunked", "--trainable-layers", "all", "--layers", "1"),
+        *("--rows", "2", "--prompt-tokens", "3", "--completion-tokens", "4", "--out", str(tmp_path / "out.json")),
+    )
+
+    arms = json.loads((tmp_path / "out.json").read_text())["arms"]
+    small, large = arms["chunked, all, 300"]["own_bytes"], arms["chunked, all, 1300"]["own_bytes"]
+    sizes = {name: large[name] - small[name] for name in ("weights", "moments", "copies", "gradients")}
+    # 1,000 x 576 numbers of 4 bytes; two moments of each
+    assert sizes == pytest.approx(
+        {"weights": 2_304_000, "moments": 4_608_000, "copies": 2_304_000, "gradients": 2_304_000}
+    )

@@ -58,3 +58,24 @@ def test_padding_changes_no_logprob() -> None:
     together = logprobs.compute_logprobs(model, collate(SEQUENCES))
 
     torch.testing.assert_close(together[1:2, :2], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_large_vocabulary_has_fewer_rows_of_logits() -> None:
+    assert [logprobs.count_rows(vocabulary) for vocabulary in (32_000, 49_152, 128_000, 2**40)] == [256, 256, 98, 1]
+
+
+def test_the_gradient_of_a_cast_head_is_that_of_autograd() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 8, generator=g)
+    weight = torch.randn(logprobs.TABLE_ROWS + 3, 8, generator=g, requires_grad=True)  # two parts of the table
+    targets = torch.tensor([0, 1, 2, logprobs.TABLE_ROWS, logprobs.TABLE_ROWS + 2])
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mine = logprobs.gather_logprobs(hidden, weight, targets, 0.8)
+        logits = (hidden.bfloat16() @ weight.bfloat16().T).float() / 0.8
+    plain = torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
+
+    torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-5)
+    actual, expected = (torch.autograd.grad(item.sum(), weight)[0] for item in (mine, plain))
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)  # bf16 keeps 8 bits

@@ -40,7 +40,7 @@ def test_the_default_settings_have_nothing_wrong(tmp_path: Path) -> None:
         ({"sft__max_tokens": 513}, "wrong", "sft.max_tokens=513 is above the model's context of 512 tokens"),
         ({"data__task": HUMAN, "pairs__relabel": True}, "wrong", "pairs.relabel=true needs a gold scorer"),
         ({"data__task": HUMAN}, "note", "promotion.win_rate_by='gold' without a gold scorer"),
-        ({"rl__learner__num_ranks": 2}, "not checked", "rl.learner: memory is shown without what num_ranks saves"),
+        ({"rl__learner__offload_optimizer": "cpu"}, "not checked", "rl.learner: whether main memory holds what"),
         ({"rl__learner__micro_batch_tokens": 271}, "note", "rl.learner.micro_batch_tokens=271 holds no 272 tokens"),
         ({"rl__algorithm": {"name": "best_of_n"}}, "note", "best_of_n imitates samples of older weights"),
         (

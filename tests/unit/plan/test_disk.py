@@ -4,7 +4,7 @@ from typing import Any
 from stages.plan.architecture import Architecture
 from stages.plan.batches import plan_run
 from stages.plan.disk import count_checkpoint, count_ledger, list_disk
-from stages.plan.memory import Trained
+from stages.plan.shapes import Trained
 from tests.tiny import tiny_llama
 from tests.unit.plan.plans import make_settings
 

@@ -12,23 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stages.common.errors import SettingError
 from stages.generation.config import GenerationConfig
+from stages.learner.config import LearnerConfig, LoraConfig
 from stages.learner.engine import compute_type
+from stages.learner.lora import add_adapters
+from stages.plan.activations import count_block, count_ends
 from stages.plan.architecture import Architecture, find_known
-from stages.plan.memory import (
-    Batch,
-    DType,
-    ModelBytes,
-    Trained,
-    count_block,
-    count_ends,
-    count_frozen_model,
-    count_generator,
-    count_trained_model,
-    make_batch,
-)
+from stages.plan.memory import count_frozen_model, count_generator, count_trained_model
+from stages.plan.shapes import Batch, DType, ModelBytes, Trained, make_batch
 from tests.tiny import tiny_llama
 
 TINY = Architecture(tiny_llama().config, "tiny")
+LORA = LoraConfig(rank=2)
 BATCH = Batch(tokens=16, sequence_tokens=16, completion_tokens=8)
 MEASURED = json.loads(Path("docs/benchmarks/2026-11-21-memory.json").read_text())["arms"]
 
@@ -45,31 +39,117 @@ def test_more_layers_than_there_are_are_refused() -> None:
         _ = Trained(TINY, 3, "rl.learner.trainable_layers").num_trained
 
 
+def count(trained: Trained, batch: Batch, *, is_gpu: bool = False, **settings: Any) -> ModelBytes:
+    return count_trained_model(trained, batch, LearnerConfig(lr=1.0, **settings), is_gpu=is_gpu)
+
+
 def test_a_trained_model_matches_hand_computation() -> None:
-    counted = count_trained_model(Trained(TINY, 1, "x"), BATCH, "bf16", is_gpu=False)
+    counted = count(Trained(TINY, 1, "x"), BATCH)
 
     assert counted.weights == 107_520  # 4 x 26,880
     assert counted.optimizer == 111_744  # 12 x 9,312
-    assert counted.gradients == 37_248  # 4 x 9,312
+    # The fullest moment is the optimizer's step, with the gradients and three times their bytes.
+    assert (counted.gradients, counted.activations) == (37_248, 111_744)  # 4 and 12 x 9,312
+    long = count(Trained(TINY, 1, "x"), Batch(tokens=160, sequence_tokens=16, completion_tokens=8))
     # A token in the block: norms 512, casts 5 x 64, attention 4 x 64 + 4 heads x 16 x 6, feed-forward 8 x 64 = 1,984.
-    # Last norm 16 x 256, predictors 8 x 320, logits 8 x 259 x 14, casts 2 x (9,312 + 8,288).
-    assert counted.activations == 16 * 1_984 + 4_096 + 2_560 + 29_008 + 35_200
+    # Last norm 160 x 256, predictors 8 x 320, logits 8 x 259 x 14, casts 2 x 9,312 of the block, 2 x 8,288 of the head.
+    assert long.activations == 160 * 1_984 + 40_960 + 2_560 + 29_008 + 35_200
+
+
+def test_a_single_micro_batch_finds_no_gradients() -> None:
+    several, alone = (Batch(1600, 16, 8, num_micro_batches=num) for num in (2, 1))
+
+    trained = Trained(TINY, "all", "x")
+
+    assert count(trained, several).total - count(trained, alone).total == 107_520  # 4 x 26,880
+
+
+def test_adapters_match_the_library_and_hand_computation() -> None:
+    trained = Trained(TINY, "all", "rl.learner.trainable_layers", lora=LORA)
+    model = tiny_llama()
+    add_adapters(model, LORA, "all", "rl.learner")
+
+    # 2 x (64 + 48 + 48 + 64 of attention + 3 x 96) of a layer
+    assert trained.num_trained == 2_048 == sum(item.numel() for item in model.parameters() if item.requires_grad)
+    assert trained.num_parameters == 28_928  # 26,880 + 2,048
+    assert Trained(TINY, 1, "x", is_reward=True, lora=LORA).num_trained == 1_056  # 1,024 + 32
+    with pytest.raises(SettingError, match=r"rl\.learner\.lora\.targets='qkv': no such linear layer"):
+        _ = Trained(TINY, "all", "rl.learner.trainable_layers", lora=LoraConfig(targets=("qkv",))).num_trained
+
+
+def test_ranks_share_what_their_stage_shares() -> None:
+    trained = Trained(TINY, "all", "x")
+    counted = [count(trained, BATCH, num_ranks=4, zero_stage=stage) for stage in (0, 1, 2, 3)]
+    held = [(item.weights, item.optimizer) for item in counted]
+
+    assert held[0] == (107_520, 215_040)  # 4 and 8 x 26,880
+    assert held[1] == held[2] == (107_520, 80_640)  # 12 x 26,880 / 4
+    # Every weight is small here, so each is whole beside its share; gradients' share 26,880, their bucket 107,520.
+    assert held[3] == (134_400, 215_040)  # 107,520 + 26,880; 16 x 26,880 / 4 + 4 x 26,880
+
+
+SMALL = Batch(tokens=256, sequence_tokens=32, completion_tokens=128)
+KNOWN = find_known("HuggingFaceTB/SmolLM2-135M")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_more_ranks_never_need_more(stage: int, dtype: DType) -> None:
+    """From two on: a single one needs neither whole weights beside its share nor a copy for the reduction."""
+    assert KNOWN is not None
+    trained = Trained(KNOWN, "all", "x")
+    totals = [count(trained, SMALL, num_ranks=num, zero_stage=stage, dtype=dtype).total for num in (2, 3, 4, 8, 64)]
+
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] > totals[-1] or stage == 0
+
+
+@pytest.mark.parametrize("num_ranks", [4, 8, 64])
+def test_a_higher_stage_holds_no_more_between_updates(num_ranks: int) -> None:
+    """Of 7B parameters. Gathered weights and buckets may make it more within an update."""
+    known = find_known("meta-llama/Llama-2-7b-hf")
+    assert known is not None
+    trained = Trained(known, "all", "x")
+    held = [count(trained, SMALL, num_ranks=num_ranks, zero_stage=stage) for stage in (0, 1, 2, 3)]
+
+    sums = [item.weights + item.optimizer for item in held]
+    assert sums == sorted(sums, reverse=True)
+    assert sums[0] > sums[1] > sums[3]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_adapters_and_checkpointing_need_no_more(stage: int, dtype: DType) -> None:
+    assert KNOWN is not None
+    settings: dict[str, Any] = {"num_ranks": 2, "zero_stage": stage, "dtype": dtype}
+    plain, adapted = Trained(KNOWN, "all", "x"), Trained(KNOWN, "all", "x", lora=LoraConfig())
+    long = Batch(tokens=4096, sequence_tokens=512, completion_tokens=2048)
+
+    full = count(plain, long, **settings).total
+    assert count(adapted, long, **settings).total < full
+    assert count(plain, long, **settings, gradient_checkpointing=True).total < full
+    assert count(adapted, long, **settings, gradient_checkpointing=True).total < count(adapted, long, **settings).total
+
+
+def test_what_is_offloaded_leaves_a_gpu_and_not_a_cpu() -> None:
+    assert KNOWN is not None
+    trained = Trained(KNOWN, "all", "x")
+    settings: dict[str, Any] = {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}
+
+    on_gpu, on_cpu = (count(trained, SMALL, is_gpu=is_gpu, num_ranks=2, **settings) for is_gpu in (True, False))
+
+    assert on_gpu.optimizer == 0
+    assert on_gpu.host == pytest.approx((16 + 4) / 2 * 134.515e6 + 80e6, rel=1e-4)
+    assert on_gpu.weights == pytest.approx(4 * KNOWN.count_below(100_000), rel=1e-4)
+    assert on_cpu.host == 0
 
 
 def test_on_a_gpu_attention_keeps_no_matrix_and_the_bucket_is_whole() -> None:
-    on_cpu, on_gpu = (
-        count_trained_model(Trained(TINY, 1, "x"), BATCH, "bf16", is_gpu=is_gpu) for is_gpu in (False, True)
-    )
+    batch = Batch(tokens=160, sequence_tokens=16, completion_tokens=8)
 
-    assert on_gpu.activations - on_cpu.activations == 2_000_000_000 - 16 * 384
+    on_cpu, on_gpu = (count(Trained(TINY, 1, "x"), batch, is_gpu=is_gpu) for is_gpu in (False, True))
 
-
-def test_the_step_counts_where_it_needs_more_than_the_forward_pass() -> None:
-    small = Batch(tokens=1, sequence_tokens=1, completion_tokens=0)
-
-    counted = count_trained_model(Trained(TINY, "all", "x", is_reward=True), small, "fp32", is_gpu=False)
-
-    assert counted.activations == 215_296  # 4 x 26,912 for the flat gradients, as much for the bucket
+    assert on_gpu.activations - on_cpu.activations == 2_000_000_000 - 160 * 384
 
 
 def test_a_frozen_model_has_weights_and_one_block() -> None:
@@ -91,13 +171,17 @@ def test_a_generator_keeps_keys_and_values_of_every_sequence() -> None:
 @pytest.mark.parametrize(
     ("tokens", "rows", "num_units", "expected"),
     [
-        (100, 2, 50, Batch(100, 10, 40)),
-        (100, 2, 3, Batch(60, 10, 24)),  # the whole update is smaller
-        (15, 2, 50, Batch(20, 10, 8)),  # a pair stays together
+        (100, 2, 50, Batch(100, 10, 40, 10)),
+        (100, 2, 3, Batch(60, 10, 24, 1)),  # the whole update is smaller
+        (15, 2, 50, Batch(20, 10, 8, 50)),  # a pair stays together
     ],
 )
 def test_the_largest_micro_batch(tokens: int, rows: int, num_units: int, expected: Batch) -> None:
     assert make_batch(tokens, rows, 10, 4, num_units) == expected
+
+
+def test_ranks_cut_micro_batches_until_each_has_one() -> None:
+    assert make_batch(100, 1, 10, 4, num_units=8, num_ranks=2) == Batch(40, 10, 16, 1)
 
 
 @pytest.mark.parametrize("layers", ["all", "12"])
@@ -108,9 +192,7 @@ def test_the_formulas_are_within_a_tenth_of_what_was_measured(layers: str, algor
     arm: dict[str, Any] = MEASURED[layers][algorithm]
     batches = {"policy": make_batch(2048, 1, 112, 48, 16), "value model": make_batch(2048, 1, 112, 0, 16)}
     counted = {
-        name: count_trained_model(
-            Trained(known, "all" if layers == "all" else 12, "x", batch.is_scoring), batch, "bf16", is_gpu=False
-        )
+        name: count(Trained(known, "all" if layers == "all" else 12, "x", batch.is_scoring), batch)
         for name, batch in batches.items()
         if name in arm["bytes"]
     }
@@ -119,7 +201,6 @@ def test_the_formulas_are_within_a_tenth_of_what_was_measured(layers: str, algor
         measured = arm["bytes"][name]
         assert model.weights == pytest.approx(measured["weights"], rel=0.001)
         assert model.optimizer == pytest.approx(measured["moments"] + measured["copies"], rel=0.001)
-        assert model.gradients == pytest.approx(measured["gradients"], rel=0.001)
     frozen = 4 * known.num_parameters + 2 * known.num_reward_parameters
     state = frozen + sum(model.weights + model.optimizer for model in counted.values())
     peak = state + max(model.gradients + model.activations for model in counted.values())

@@ -117,3 +117,14 @@ def test_a_wrong_share_is_refused(value: str) -> None:
 def test_a_wrong_description_of_devices_is_refused(text: str) -> None:
     with pytest.raises(SettingError, match=r"expected the number of GPUs and the GiB of each, such as 8x80"):
         parse_devices(text)
+
+
+def test_each_rank_has_a_gpu_and_the_first_one_the_reward_model(tmp_path: Path) -> None:
+    changes = {"rl__learner__num_ranks": 2, "rl__learner__lora": {"rank": 16}, "rl__score_on": "learner"}
+    processes = plan(tmp_path, parse_devices("4x80"), **changes)
+    first, second, *_ = [item for item in processes if item.stage == "train_policy"]
+
+    assert (first.name, first.device) == ("policy + reward, rank 0", "GPU 2")
+    assert (second.name, second.device) == ("policy + reward, rank 1", "GPU 3")
+    # The reward model in bf16; no reference, as adapters can be switched off
+    assert first.parts.weights - second.parts.weights == pytest.approx(2 * 134.516e6, rel=1e-4)
