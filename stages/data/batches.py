@@ -124,6 +124,12 @@ class SharedSize:
     """Of the longest one."""
 
 
+def count_shared(sizes: Sequence[SharedSize]) -> int:
+    """Padded tokens of a micro-batch that holds these units and each of their prompts once."""
+    prompts = len({size.prompt for size in sizes}) * max(size.prompt_tokens for size in sizes)
+    return prompts + sum(size.rows for size in sizes) * max(size.completion_tokens for size in sizes)
+
+
 def split_by_prompts(sizes: Sequence[SharedSize], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
     """`split_by_tokens` for shared prompts: units of one prompt stay together as far as `max_tokens` lets them.
 
@@ -134,9 +140,7 @@ def split_by_prompts(sizes: Sequence[SharedSize], max_tokens: int, multiple_of: 
     """
 
     def count(units: Sequence[int]) -> int:
-        members = [sizes[unit] for unit in units]
-        prompts = len({member.prompt for member in members}) * max(member.prompt_tokens for member in members)
-        return prompts + sum(member.rows for member in members) * max(member.completion_tokens for member in members)
+        return count_shared([sizes[unit] for unit in units])
 
     of_prompt: dict[int, list[int]] = {}
     for unit, size in enumerate(sizes):

@@ -25,7 +25,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "opt"
 
 def shares_prompts(config: LearnerConfig, *models: PreTrainedModel) -> bool:
     """Whether the settings allow it and every model can do it."""
-    is_wanted = config.share_prompts == "auto" and not config.compile
+    is_wanted = config.share_prompts == "auto" and not (config.compile or config.gradient_checkpointing)
     return is_wanted and all(can_share_prompts(model) for model in models)
 
 

@@ -50,10 +50,11 @@ def count_block(architecture: Architecture, batch: Batch, dtype: DType, *, is_gp
     size, hidden = SIZES[dtype], architecture.hidden_size
     width = architecture.num_heads * architecture.head_size
     norms = 2 * FLOAT32 * hidden * (2 if architecture.has_rms_norm else 1)
-    attention = 4 * size * width  # queries, keys, values, and the output
+    attention = (2 + 2 * batch.kept_keys) * size * width  # queries and the output, keys and values
     if not is_gpu:
         # Probabilities in float32, and their cast for the product with the values.
-        attention += architecture.num_heads * batch.sequence_tokens * (FLOAT32 + (2 if dtype == "bf16" else 0))
+        keys = batch.attended_tokens or batch.sequence_tokens
+        attention += architecture.num_heads * keys * (FLOAT32 + (2 if dtype == "bf16" else 0))
     on_cpu, on_gpu, in_float32 = _FEED_FORWARD.get(architecture.activation, _FEED_FORWARD["gelu"])
     of_activation = in_float32 if dtype == "fp32" else on_gpu if is_gpu else on_cpu
     feed_forward = of_activation * architecture.intermediate_size

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from stages.common.errors import SettingError
 from stages.common.guard import parse_cores
 from stages.learner.config import EpochsConfig, LearnerConfig
+from stages.learner.shared_prompts import shares_prompts
 from stages.plan.architecture import Architecture
 from stages.plan.batches import UpdatePlan
 from stages.plan.devices import GIB, Devices
 from stages.plan.memory import count_frozen_model, count_generator, count_trained_model
 from stages.plan.settings import Settings
-from stages.plan.shapes import Batch, ModelBytes, Trained, make_batch
+from stages.plan.shapes import Batch, ModelBytes, Trained, make_batch, make_shared_batch
 from stages.rl.algorithm_config import PpoConfig
 from stages.rl.placement import place
 from stages.rl.train import make_algorithm
@@ -171,7 +172,7 @@ def _train_policy(settings: Settings, models: Models, update: UpdatePlan, device
 def _list_learner(settings: Settings, models: Models, update: UpdatePlan, devices: Devices) -> Iterator[ModelBytes]:
     """What every rank holds: the policy, the reference (with adapters it is the policy without them), PPO's value."""
     config = settings.rl
-    batch = _make_rl_batch(settings, update)
+    batch = _make_rl_batch(settings, models.policy, update)
     yield _count_learner(models.policy, config.learner, batch, "rl", devices)
     if config.learner.lora is None:
         yield count_frozen_model(models.policy, batch, "fp32", config.learner.dtype, is_gpu=devices.is_gpu)
@@ -183,7 +184,7 @@ def _list_scorer(settings: Settings, models: Models, update: UpdatePlan, devices
     """The reward model, where it is in the learner's process."""
     config = settings.rl
     if _has_scorer(settings):
-        scores = replace(_make_rl_batch(settings, update), completion_tokens=0)
+        scores = replace(_make_rl_batch(settings, models.policy, update), completion_tokens=0)
         yield count_frozen_model(
             models.policy, scores, config.learner.dtype, config.learner.dtype, is_gpu=devices.is_gpu
         )
@@ -290,13 +291,18 @@ def _hold_cache(settings: Settings, wanted: ModelBytes, devices: Devices) -> Mod
     return ModelBytes(weights=wanted.weights, cache=max(room, wanted.cache / config.max_num_seqs))
 
 
-def _make_rl_batch(settings: Settings, update: UpdatePlan) -> Batch:
+def _make_rl_batch(settings: Settings, policy: Architecture, update: UpdatePlan) -> Batch:
     config = settings.rl
     if config.is_offline:
         longest = completion = settings.reward.max_tokens
     else:
         longest, completion = settings.longest, settings.generation.max_new_tokens
     learner = config.learner
+    has_shared = not config.is_offline and update.num_trained > update.num_prompts
+    if has_shared and shares_prompts(learner, policy.model):
+        prompts = (update.num_prompts, update.num_units // update.num_prompts)
+        tokens, prompt_tokens = learner.micro_batch_tokens, longest - completion
+        return make_shared_batch(tokens, update.rows_per_unit, prompt_tokens, completion, prompts, learner.num_ranks)
     return make_batch(
         learner.micro_batch_tokens, update.rows_per_unit, longest, completion, update.num_units, learner.num_ranks
     )

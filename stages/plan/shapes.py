@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.data.batches import split_by_tokens
+from stages.data.batches import SharedSize, count_shared, split_by_prompts, split_by_tokens
 from stages.learner.config import LoraConfig
 from stages.models.load import TrainableLayers
 from stages.plan.architecture import Architecture
@@ -27,6 +27,11 @@ class Batch:
     """Whose log-probabilities are computed; 0 for scores."""
     num_micro_batches: int = 2
     """Of a rank's update; from the second on, gradients are there when it begins."""
+    attended_tokens: float | None = None
+    """Keys that a computed token's attention probabilities span, on average; None: as many as the longest row has."""
+    kept_keys: float = 1.0
+    """Keys and values kept for each computed token: more than one where completions share a prompt, as each keeps the
+    prompt's."""
 
     @property
     def is_scoring(self) -> bool:
@@ -121,6 +126,40 @@ class ModelBytes:
     def total(self) -> float:
         """All of it that is on the device."""
         return self.weights + self.optimizer + self.gradients + self.activations + self.cache
+
+
+def make_shared_batch(
+    tokens: int, rows: int, prompt_tokens: int, completion_tokens: int, prompts: tuple[int, int], num_ranks: int = 1
+) -> Batch:
+    """The largest micro-batch of units that read the prompts they share once.
+
+    Args:
+        tokens: `micro_batch_tokens`.
+        rows: completions of a unit.
+        prompt_tokens: of the longest prompt.
+        completion_tokens: of the longest completion.
+        prompts: in the whole update, and units of each.
+        num_ranks: that share its micro-batches.
+    """
+    num_prompts, num_units = prompts
+    sizes = [
+        SharedSize(prompt, prompt_tokens, rows, completion_tokens)
+        for prompt in range(num_prompts)
+        for _ in range(num_units)
+    ]
+    groups = split_by_prompts(sizes, tokens, num_ranks)
+    largest = max(groups, key=lambda group: count_shared([sizes[unit] for unit in group]))
+    of_prompts = len({sizes[unit].prompt for unit in largest}) * prompt_tokens
+    of_completions, longest = len(largest) * rows * completion_tokens, prompt_tokens + completion_tokens
+    computed = of_prompts + of_completions
+    return Batch(
+        computed,
+        longest,
+        of_completions,
+        -(-len(groups) // num_ranks),
+        attended_tokens=(of_prompts * prompt_tokens + of_completions * longest) / computed,
+        kept_keys=(of_prompts + len(largest) * rows * longest) / computed,
+    )
 
 
 def make_batch(

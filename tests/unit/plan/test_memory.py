@@ -18,7 +18,7 @@ from stages.learner.lora import add_adapters
 from stages.plan.activations import count_block, count_ends
 from stages.plan.architecture import Architecture, find_known
 from stages.plan.memory import count_frozen_model, count_generator, count_trained_model
-from stages.plan.shapes import Batch, DType, ModelBytes, Trained, make_batch
+from stages.plan.shapes import Batch, DType, ModelBytes, Trained, make_batch, make_shared_batch
 from tests.tiny import tiny_llama
 
 TINY = Architecture(tiny_llama().config, "tiny")
@@ -178,6 +178,15 @@ def test_a_generator_keeps_keys_and_values_of_every_sequence() -> None:
 )
 def test_the_largest_micro_batch(tokens: int, rows: int, num_units: int, expected: Batch) -> None:
     assert make_batch(tokens, rows, 10, 4, num_units) == expected
+
+
+def test_a_shared_prompt_is_counted_once() -> None:
+    # 8 prompts of 6 tokens, each with 4 completions of 4: 22 tokens, of which 4 prompts make 88 of 100.
+    batch = make_shared_batch(100, 1, 6, 4, prompts=(8, 4))
+
+    assert (batch.tokens, batch.sequence_tokens, batch.completion_tokens, batch.num_micro_batches) == (88, 10, 64, 2)
+    assert batch.attended_tokens == pytest.approx((24 * 6 + 64 * 10) / 88)
+    assert batch.kept_keys == pytest.approx((24 + 16 * 10) / 88)  # 16 rows keep their prompt's keys
 
 
 def test_ranks_cut_micro_batches_until_each_has_one() -> None:
