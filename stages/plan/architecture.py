@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from stages.common.errors import InputError
 from stages.models.config import HubSource, ModelConfig, PackageSource, PathSource
 from stages.models.load import TrainableLayers, find_blocks, select_trainable
+from stages.models.shorten import shorten_config
 from stages.plan.settings import Places
 
 KNOWN = Path(__file__).parent / "architectures"
@@ -130,6 +131,7 @@ def find_architecture(model: ModelConfig, places: Places) -> Architecture:
 
     Raises:
         InputError: none of them has it.
+        SettingError: it has fewer layers than `model.keep_layers`.
     """
     match model.source:
         case PathSource(path=path):
@@ -138,7 +140,10 @@ def find_architecture(model: ModelConfig, places: Places) -> Architecture:
             found, name = find_known(repo), repo
         case PackageSource(file=file):
             found, name = find_known(file), file
-    found = found or read_architecture(places.artifacts / "artifacts/base")
+    if found is not None:
+        shorten_config(found.config, model.keep_layers)
+        return found
+    found = read_architecture(places.artifacts / "artifacts/base")  # has as many layers as were kept when it was made
     if found is None:
         known = ", ".join(sorted(name for item in _read_known() for name in item["names"]))
         raise InputError(
