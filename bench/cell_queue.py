@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -58,6 +59,8 @@ def run_queue(cells: list[Cell], report: dict[str, Any], out: Path, workspace: P
     Raises:
         CellError: a stage before RL failed.
     """
+    # As an exception it ends the pipeline at hand too, which would else run on in a clone that the next queue deletes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     deadline = time.monotonic() + 3600 * hours
     workspace.mkdir(parents=True, exist_ok=True)
     lock = (workspace / "lock").open("w")

@@ -31,6 +31,8 @@ def main() -> None:
     study = STUDIES[arguments.name]
     report = read_report(arguments, study)
     if not arguments.table and not arguments.figure:
+        if arguments.retry:
+            report["failed"] = {}
         report["commit"] = git("rev-parse", arguments.code or report["commit"])
         cells = [place(cell, report) for cell in study.cells if is_chosen(cell, arguments.only)]
         run_queue(cells, report, arguments.out, arguments.workspace, arguments.hours)
@@ -51,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="KEY", help="cells whose key contains one of these")
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="other settings of all cells")
     parser.add_argument("--code", help="commit that further cells run; by default the one the file names, or HEAD")
+    parser.add_argument("--retry", action="store_true", help="forget what failed, so that it is tried again")
     parser.add_argument("--table", action="store_true", help="only print what the file holds, as Markdown")
     parser.add_argument("--figure", action="store_true", help="only draw what the file holds, beside it as .png")
     return parser.parse_args()

@@ -24,18 +24,19 @@ def draw(study: Study, report: dict[str, Any], path: Path) -> None:
     cells = list(report["cells"].values())
     if not cells:
         raise SystemExit(f"{path.with_suffix('.json')}: holds no cell to draw; run the study first")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
     if study.figure == "points":
         draw_by_x(left, study, cells)
         draw_by_kl(right, study, cells)
     else:
         draw_curves(left, study, cells, "samples", "completions sampled")
         draw_curves(right, study, cells, "elapsed_s", "seconds of training, evaluations included")
-    left.legend(frameon=False, fontsize=9)
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=9, ncols=len(names), loc="lower center")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(study.question, fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -60,7 +61,7 @@ def draw_by_x(axes: Axes, study: Study, cells: list[dict[str, Any]]) -> None:
             [high - rate for rate, (_, high) in zip(rates, ends, strict=True)],
         ]
         places = [values.index(x) + shift for (x,) in points]
-        axes.errorbar(places, rates, bars, label=f"{study.series} {name}", color=colour, marker=marker, capsize=3)
+        axes.errorbar(places, rates, bars, label=name, color=colour, marker=marker, capsize=3)
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(values)), [str(value) for value in values])
     axes.set_xlabel(study.x_title)
@@ -68,18 +69,18 @@ def draw_by_x(axes: Axes, study: Study, cells: list[dict[str, Any]]) -> None:
 
 
 def draw_by_kl(axes: Axes, study: Study, cells: list[dict[str, Any]]) -> None:
-    """One point a cell, with the value of x beside it."""
+    """Means over seeds, with the standard deviation of the KL over them, and the value of x beside each."""
     for _, members, colour, marker in styles(study, cells):
-        for cell in members:
-            rate, (low, high) = cell["gold_win_rate"], cell["gold_win_rate_interval"]
-            axes.errorbar(
-                cell["kl_nats"], rate, [[rate - low], [high - rate]], color=colour, marker=marker, elinewidth=0.6
-            )
-            axes.annotate(
-                str(cell[study.x]), (cell["kl_nats"], rate), xytext=(5, 4), textcoords="offset points", fontsize=8
-            )
+        for (x,), found in group(members, [study.x]).items():
+            kls = [cell["kl_nats"] for cell in found]
+            kl, rate = statistics.mean(kls), statistics.mean(cell["gold_win_rate"] for cell in found)
+            low, high = win_rate_interval(found)
+            across = statistics.stdev(kls) if len(kls) > 1 else None
+            bars = {"yerr": [[rate - low], [high - rate]], "xerr": across, "elinewidth": 0.7}
+            axes.errorbar(kl, rate, color=colour, marker=marker, **bars)
+            axes.annotate(str(x), (kl, rate), xytext=(5, 4), textcoords="offset points", fontsize=8, color=colour)
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xlabel(f"KL(policy ‖ SFT), nats a completion (beside a point: {study.x})")
+    axes.set_xlabel(f"KL(policy ‖ SFT), nats a completion, ± std over seeds (beside a point: {study.x})")
     axes.set_ylabel("gold win-rate over the SFT model [95 %]")
 
 
@@ -88,8 +89,9 @@ def draw_curves(axes: Axes, study: Study, cells: list[dict[str, Any]], x: str, t
     for name, members, colour, marker in styles(study, cells):
         for number, cell in enumerate(members):
             points = [(point.get(x, 0.0), point["proxy"]) for point in cell["curve"]]
-            label = f"{study.series} {name}" if number == 0 else None
+            label = name if number == 0 else None
             dashes = "--" if cell.get("policy") == "whole" else "-"
             axes.plot(*zip(*points, strict=True), dashes, color=colour, marker=marker, markersize=3, label=label)
-    axes.set_xlabel(title)
+    is_dashed = any(cell.get("policy") == "whole" for cell in cells)
+    axes.set_xlabel(title + (" (dashed: the whole model)" if is_dashed else ""))
     axes.set_ylabel("reward model's score, validation prompts")

@@ -36,9 +36,12 @@ MODEL_SMALL = Base(
         "sft.learner.trainable_layers": 6,
         "sft.learner.lr": 2e-3,
         "sft.checkpoint_every": 1000,
+        "reward.num_epochs": 2,
         "reward.learner.trainable_layers": 6,
+        "reward.learner.lr": 6e-4,
         "reward.checkpoint_every": 1000,
         "rl.learner.trainable_layers": 6,
+        "rl.learner.lr": 3e-4,
     },
 )
 MODEL_WHOLE = Base("whole", SHARED)
