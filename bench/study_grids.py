@@ -24,6 +24,7 @@ SHARED: dict[str, Any] = {
     "rl.num_eval_prompts": 48,
     "rl.checkpoint_every": 1000,
     "rl.max_kl_nats": 1000.0,
+    "rl.learner.lr": 2e-5,
     "judge.num_shown": 2,
     "tracking.system_metrics": False,
 }
@@ -41,7 +42,6 @@ MODEL_SMALL = Base(
         "reward.learner.lr": 6e-4,
         "reward.checkpoint_every": 1000,
         "rl.learner.trainable_layers": 6,
-        "rl.learner.lr": 3e-4,
     },
 )
 MODEL_WHOLE = Base("whole", SHARED)
