@@ -92,8 +92,9 @@ def test_a_study_runs_its_cells_keeps_failures_and_draws_them(queue: Path, tmp_p
     out, commit = tmp_path / "out.json", json.loads((queue / "out.json").read_text())["commit"]
     (tmp_path / f"base-small-{commit[:8]}").symlink_to(queue / "clones/base")
     chosen = ("--only", "best_of_n, N 4, seed 0", "best_of_n, N 16, seed 0")
+    place = ("--workspace", str(tmp_path), "--out", str(out), "--code", commit)
 
-    shown = run("study.py", "staleness", "--workspace", str(tmp_path), "--out", str(out), *chosen)
+    shown = run("study.py", "staleness", *place, *chosen)
     run("study.py", "staleness", "--out", str(out), "--figure")
 
     report = json.loads(out.read_text())
