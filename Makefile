@@ -1,6 +1,7 @@
 # `make` lists the targets. DEVICE=gpu uses the GPU lock; PORT is where `make ui` listens.
 # REMOTE is a folder or s3://BUCKET/PREFIX, ENDPOINT the address of an S3 store other than Amazon's.
 # RUNS names judged runs; see docs/compare.md.
+# STUDY is staleness, sizes, samples, asynchronous or remax, HOURS how long cells are started, WORKSPACE where they run.
 # SET holds settings of an experiment, TEMP=1 runs it in a folder of its own; see docs/dvc.md.
 DEVICE ?= cpu
 PYTHON ?= python3.11
@@ -9,6 +10,9 @@ STAGE ?=
 MODEL ?=
 DATA ?=
 OPTIONS ?=
+STUDY ?=
+HOURS ?= 3
+WORKSPACE ?= .slipstream/study
 POOLS ?=
 DEVICES ?=
 RECIPE ?=
@@ -27,7 +31,7 @@ COMPILE = $(UV) pip compile -q pyproject.toml --extra dev --override requirement
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run plan test check format-and-types lock ui lineage compare chat export drill bench bench-gpu clean-work worker services services-stop services-status experiment experiments remote push pull
+.PHONY: help setup run plan test check format-and-types lock ui lineage compare chat export drill bench bench-gpu clean-work worker services services-stop services-status experiment experiments remote push pull study
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -126,6 +130,9 @@ drill: setup ## crash drill of the RL stage: 55 times SIGKILL or SIGSTOP in 40 m
 
 bench: setup ## all benchmarks at a small size, in one table with their targets (15 minutes; OPTIONS="--only ranks.py")
 	@$(BIN)/python bench/all.py $(OPTIONS)
+study: setup ## the papers' tables on this code, a queue that goes on where it was (STUDY=staleness HOURS=3)
+	@$(BIN)/python bench/study.py "$(STUDY)" --hours $(HOURS) --workspace "$(WORKSPACE)" \
+		--out "docs/benchmarks/2026-11-21-study-$(STUDY).json" $(OPTIONS)
 
 bench-gpu: setup ## benchmarks for GPUs (SIZE=1b, OPTIONS="--device cpu --smallest" where there is none)
 	@bench/gpu/run_all.sh .slipstream/bench-gpu --size $(SIZE) $(OPTIONS)

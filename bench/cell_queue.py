@@ -1,0 +1,235 @@
+"""A resumable queue of RL runs that share the stages before RL: what algorithms.py and study.py are made of.
+
+The stages up to the reward model run once in a clone of the code at one commit, the base. A cell is a clone of the base
+with other settings of section `rl`, in which only RL and evaluation run; DVC takes the rest from the base's cache. What
+a cell found is written at once, and its clone is deleted. A cell that fails is written down with its last words too.
+"""
+
+import csv
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from default_run import git
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+UPSTREAM = ("prepare_model", "prepare_data", "train_sft", "label_pairs", "train_reward")
+POLL_S = 1.0
+MAX_ATTEMPTS = 2
+"""Of a cell that fails: once may be the machine's doing."""
+CELL_TIMEOUT_S = 7200.0
+
+
+@dataclass(frozen=True)
+class Base:
+    """What cells share: a name for its folder, and settings by their paths beside the committed params.yaml."""
+
+    name: str = "base"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: what it is called, what its row says of it, and its settings by their paths."""
+
+    key: str
+    labels: dict[str, Any]
+    settings: dict[str, Any]
+    base: Base = Base()
+
+
+class CellError(Exception):
+    """A pipeline that ended with an exit code; says its last line."""
+
+
+def run_queue(cells: list[Cell], report: dict[str, Any], out: Path, workspace: Path, hours: float) -> None:
+    """Run what is missing in `report`, in order; each result is written at once. No cell starts after `hours`.
+
+    Raises:
+        CellError: a stage before RL failed.
+    """
+    # As an exception it ends the pipeline at hand too, which would else run on in a clone that the next queue deletes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    deadline = time.monotonic() + 3600 * hours
+    workspace.mkdir(parents=True, exist_ok=True)
+    lock = (workspace / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{workspace}: another queue works in it; wait for it or name another --workspace") from None
+    failed = report.setdefault("failed", {})
+    is_ready: set[str] = set()
+    for cell in cells:
+        is_spent = failed.get(cell.key, {}).get("attempts", 0) >= MAX_ATTEMPTS
+        if cell.key in report["cells"] or is_spent or time.monotonic() > deadline:
+            continue
+        base = workspace.resolve() / cell.base.name
+        if cell.base.name not in is_ready:
+            make_base(base, cell.base.settings, report["commit"])
+            is_ready.add(cell.base.name)
+        try:
+            result = run_cell(cell, base, workspace.resolve() / "cell")
+        except CellError as error:
+            attempts = failed.get(cell.key, {}).get("attempts", 0) + 1
+            failed[cell.key] = {"reason": str(error), "attempts": attempts, "commit": report["commit"]}
+            print(f"{cell.key}: {error}", file=sys.stderr, flush=True)
+        else:
+            failed.pop(cell.key, None)
+            report["cells"][cell.key] = {**cell.labels, **result, "commit": report["commit"]}
+            print(cell.key, json.dumps(report["cells"][cell.key]), file=sys.stderr, flush=True)
+        write_report(report, out)
+
+
+def write_report(report: dict[str, Any], out: Path) -> None:
+    """Write the file whole: a kill in between must not cost the cells that are in it."""
+    part = out.with_name(out.name + ".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(out)
+
+
+def make_base(base: Path, settings: dict[str, Any], commit: str) -> None:
+    """A clone of the code at a commit, in which everything before RL has run."""
+    if base.exists() and git("-C", str(base), "rev-parse", "HEAD") != commit:
+        raise SystemExit(f"{base}: is of another commit than {commit}; name another --workspace")
+    if not base.exists():
+        part = base.with_name(base.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(part)], check=True)
+        subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=part, check=True)
+        edit_params(part, settings)
+        part.rename(base)
+    run_pipeline(base, UPSTREAM)
+
+
+def run_cell(cell: Cell, base: Path, clone: Path) -> dict[str, Any]:
+    """RL and evaluation in a clone of the base; deleted afterwards, with what its own cache holds beside the base's."""
+    shutil.rmtree(clone, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", str(base), str(clone)], check=True)
+    shutil.copy(base / "dvc.lock", clone)
+    shutil.copy(base / "params.yaml", clone)
+    # Hard links: what RL adds goes with the clone, or the base's cache would grow by two models a cell.
+    subprocess.run(["cp", "-al", str(base / ".dvc/cache"), str(clone / ".dvc/cache")], check=True)
+    edit_params(clone, cell.settings)
+    with PeakMemory() as memory:
+        ran = run_pipeline(clone, ())
+    if set(ran) & set(UPSTREAM):
+        raise SystemExit(f"{cell.key}: ran {ran}; only RL and evaluation should have")
+    result = read_result(clone) | {"learner_peak_gib": memory.peak_gib}
+    shutil.rmtree(clone)
+    return result
+
+
+def read_result(clone: Path) -> dict[str, Any]:
+    """What the stages of a finished run wrote."""
+    judge, policy = (json.loads((clone / f"metrics/{name}.json").read_text()) for name in ("judge", "policy"))
+    timings = json.loads((clone / ".slipstream/timings.json").read_text())
+    judged = (
+        *("proxy_mean_sft", "proxy_mean_policy", "gold_win_rate", "gold_win_rate_interval", "kl_nats"),
+        *("length_ratio", "distinct_2_ratio", "num_prompts"),
+    )
+    trained = (
+        *("best_policy_version", "updates", "samples_total", "score_first", "score_last", "kl_nats_last"),
+        *("staleness_mean", "staleness_max", "wall_s", "learn_s", "learner_busy_s", "wait_for_rollouts_s"),
+        *("generator_busy_s", "evaluate_s", "swap_s", "publish_s"),
+    )
+    return {
+        **{name: judge.get(name) for name in judged},
+        **{name: policy.get(name) for name in trained},
+        "learn_s_per_update": policy["learn_s"] / policy["updates"],
+        "wall_s_per_update": policy["wall_s"] / policy["updates"],
+        "train_policy_s": timings["train_policy"],
+        "curve": read_curve(clone / "plots/policy.csv"),
+    }
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """The run's evaluations, on validation prompts by the reward model."""
+    names = {
+        "step": "policy_version",
+        "time/elapsed_s": "elapsed_s",
+        "rollout/completions_total": "samples",
+        "eval/score": "proxy",
+        "eval/kl_nats": "kl_nats",
+        "eval/completion_tokens": "completion_tokens",
+    }
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("eval/score")]
+    return [{ours: float(row[name]) for name, ours in names.items() if row.get(name)} for row in rows]
+
+
+def edit_params(clone: Path, settings: dict[str, Any]) -> None:
+    """Change settings by their paths; text is read as YAML."""
+    yaml, path = YAML(), clone / "params.yaml"
+    params = yaml.load(path)
+    for name, value in settings.items():
+        *sections, key = name.split(".")
+        target = params
+        for section in sections:
+            target = target[section]
+        target[key] = YAML(typ="safe").load(value) if isinstance(value, str) else value
+    yaml.dump(params, path)
+
+
+def run_pipeline(clone: Path, stages: tuple[str, ...]) -> list[str]:
+    """The stages that ran; with no names the whole pipeline is brought up to date.
+
+    Raises:
+        CellError: it failed or took too long.
+    """
+    command = [sys.executable, "-m", "flows.dvc", *stages]
+    log = clone.with_name(clone.name + ".log")
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                command,
+                cwd=clone,
+                env=os.environ | {"PYTHONPATH": "."},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=CELL_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CellError(f"took longer than {error.timeout:.0f} s") from error
+    lines = log.read_text(errors="replace").splitlines()
+    if done.returncode:
+        raise CellError(next((line for line in reversed(lines) if line.strip()), f"exit code {done.returncode}"))
+    return [line.split("'")[1] for line in lines if line.startswith("Running stage '")]
+
+
+class PeakMemory:
+    """Largest resident memory of the process that trains, looked at once a second."""
+
+    def __init__(self) -> None:
+        self.peak_gib = 0.0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        us = psutil.Process()
+        while not self._is_over.wait(POLL_S):
+            for process in us.children(recursive=True):
+                try:
+                    if process.cmdline()[1:3] == ["-m", "stages.train_policy"]:
+                        self.peak_gib = max(self.peak_gib, process.memory_info().rss / 2**30)
+                except psutil.Error:
+                    continue  # it ended meanwhile
