@@ -39,6 +39,8 @@ SAMPLES_PER_PROMPT = {"online_dpo": 2, "rloo": 4, "grpo": 4}
 END_TOKEN = "<empty_output>"
 """Stands in for the end-of-sequence token; of the vocabulary, and never sampled."""
 SETTINGS = ("completions", "tokens", "updates", "warm_up", "lr", "cores", "trl_micro_batches", "trl_attention")
+MEASURED = ("stages", "bench", "params.yaml")
+"""What must not have changed since the commit that the report names."""
 SMALLEST = {"completions": 4, "tokens": 6, "updates": 3, "warm_up": 1, "layers": ["all"], "sides": ["transformers"]}
 PHASES = ("generate_s", "score_s", "reference_s", "learn_s", "publish_s", "wait_s")
 
@@ -95,7 +97,8 @@ def read_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """What an earlier call measured, under the same settings."""
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     report: dict[str, Any] = {
-        "commit": git("rev-parse", "--short", "HEAD") + ("-changed" if git("status", "--porcelain") else ""),
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("-changed" if git("status", "--porcelain", "--", *MEASURED) else ""),
         "machine": describe_machine(),
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
         "settings": settings,
