@@ -30,6 +30,9 @@ class GenerationConfig(Section):
     """Compute type of the generator."""
     max_num_seqs: PositiveInt = 128
     """Sequences a server works on at once."""
+    prompts_at_once: PositiveInt = 1
+    """transformers: prompts whose samples form one batch. With 1 a prompt's samples are the same to the last bit
+    whatever else is sampled; with more they are sampled faster, and rounding depends on who shares the batch."""
     cpu_cores: str = "0-1"
     """vLLM on CPU: the cores its threads are bound to, such as 0 or 0-1; `rl.generator.devices` in RL."""
     kv_cache_gib: PositiveInt = 1
@@ -41,6 +44,16 @@ class GenerationConfig(Section):
     engine_args: tuple[str, ...] = Field(default=())
     """Further command-line arguments of the vLLM server, such as --tensor-parallel-size=2. vLLM's own parser checks
     them before anything starts, and those that are set here already are refused: see engine_args.py."""
+
+    @model_validator(mode="after")
+    def check_prompts_at_once(self) -> Self:
+        """vLLM batches by itself."""
+        if self.engine == "vllm" and self.prompts_at_once != 1:
+            raise ValueError(
+                f"generation.prompts_at_once={self.prompts_at_once} does nothing with generation.engine='vllm', which "
+                "batches up to generation.max_num_seqs sequences by itself; leave it out, or set engine 'transformers'"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_engine_args(self) -> Self:

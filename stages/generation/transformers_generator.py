@@ -1,10 +1,14 @@
-"""A generator in this process: slow, deterministic, the bit-exact one for tests and small runs."""
+"""A generator in this process: slow, deterministic, the bit-exact one for tests and small runs.
+
+Shapes: N prompts of a batch, R rows (completions) of it, P tokens of the longest prompt, left-padded, V vocabulary.
+"""
 
 import contextlib
 import queue
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,7 +28,6 @@ from stages.generation.protocol import (
     Published,
     RecordSpan,
     Request,
-    SamplingPlan,
     Ticket,
     WeightsUpdate,
     require_complete,
@@ -32,13 +35,38 @@ from stages.generation.protocol import (
 from stages.models.load import freeze, load_policy
 
 NAME = "generator-0"
+LINGER_S = 0.05
+"""Seconds that a batch of several prompts waits for its next one: they are submitted one after the other, at once."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One completion that is being sampled."""
+
+    is_greedy: bool
+    max_tokens: int
+    draw: torch.Generator | None
+    """None: it takes the most likely token."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def add(self, token: int, logprob: float, eos: int) -> None:
+        """Take a token, unless the completion is over."""
+        if not self.is_over(eos):
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+
+    def is_over(self, eos: int) -> bool:
+        """Whether it has its end or its length."""
+        return len(self.tokens) == self.max_tokens or (bool(self.tokens) and self.tokens[-1] == eos)
 
 
 class TransformersGenerator:
-    """A `Generator` that samples prompt by prompt, in the order they came, in a thread of its own.
+    """A `Generator` that samples in the order prompts came, in a thread of its own.
 
-    A prompt's samples form one batch with a key-value cache. Each sample draws from a generator of its own, seeded by
-    the request, so results depend neither on the other prompts nor on any global state.
+    The samples of `generation.prompts_at_once` prompts form one batch with a key-value cache; each prompt is read
+    once. Each sample draws from a generator of its own, seeded by the request, so with one prompt at once results
+    depend neither on the other prompts nor on any global state.
 
     Args:
         model: directory of the first weights.
@@ -62,6 +90,7 @@ class TransformersGenerator:
         self._eos: int = tokenizer.eos_token_id
         self._record = record
         self._queue: queue.Queue[Ticket | WeightsUpdate | None] = queue.Queue()
+        self._held: list[WeightsUpdate | None] = []
         self._events: queue.Queue[Event | Exception] = queue.Queue()
         self._is_closed = False
         self._model: PreTrainedModel
@@ -97,10 +126,27 @@ class TransformersGenerator:
 
     def _run(self) -> None:
         try:
-            while (item := self._queue.get()) is not None and not self._is_closed:
-                self._events.put(self._swap(item) if isinstance(item, WeightsUpdate) else self._finish(item))
+            while (item := self._take()) is not None and not self._is_closed:
+                events = [self._swap(item)] if isinstance(item, WeightsUpdate) else self._finish(item)
+                for event in events:
+                    self._events.put(event)
         except Exception as error:  # noqa: BLE001  raised again in the owner's thread by `wait`
             self._events.put(error)
+
+    def _take(self) -> list[Ticket] | WeightsUpdate | None:
+        """The next weights, or the prompts that are sampled next; None at the end."""
+        item = self._held.pop() if self._held else self._queue.get()
+        if not isinstance(item, Ticket):
+            return item
+        tickets = [item]
+        with contextlib.suppress(queue.Empty):
+            while len(tickets) < self._config.prompts_at_once:
+                item = self._queue.get(timeout=LINGER_S)
+                if not isinstance(item, Ticket):
+                    self._held.append(item)
+                    break
+                tickets.append(item)
+        return tickets
 
     def _swap(self, update: WeightsUpdate) -> Published:
         started = time.monotonic()
@@ -124,57 +170,85 @@ class TransformersGenerator:
                 raise GeneratorError(f"{update.path}: the model has no tensor {unknown[0]!r}")
         self._version = update.policy_version
 
-    def _finish(self, ticket: Ticket) -> Finished:
+    def _finish(self, tickets: Sequence[Ticket]) -> list[Event]:
         started = time.monotonic()
-        group = self._generate_group(ticket.request, ticket.plan)
+        groups = self._generate_groups(tickets)
         self._record(NAME, "generate", started, time.monotonic(), self._version)
-        require_complete(group, ticket.request, ticket.plan, self._config.max_new_tokens)
-        return Finished(ticket, group, NAME)
+        for ticket, group in zip(tickets, groups, strict=True):
+            require_complete(group, ticket.request, ticket.plan, self._config.max_new_tokens)
+        return [Finished(ticket, group, NAME) for ticket, group in zip(tickets, groups, strict=True)]
 
     @torch.no_grad()
-    def _generate_group(self, request: Request, plan: SamplingPlan) -> Group:
-        num_rows = plan.num_completions
-        draws = [torch.Generator().manual_seed((request.seed + k) % 2**63) for k in range(plan.num_samples)]
-        tokens: list[list[int]] = [[] for _ in range(num_rows)]
-        logprobs: list[list[float]] = [[] for _ in range(num_rows)]
-        limits = [plan.max_tokens(self._config.max_new_tokens, greedy=k >= plan.num_samples) for k in range(num_rows)]
-        ids, cache = torch.tensor([request.prompt_ids] * num_rows), None
-        for _ in range(self._config.max_new_tokens):
-            output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            scores = torch.log_softmax(output.logits[:, -1].float() / self._config.temperature, dim=-1)  # [rows, V]
-            chosen = self._choose(scores, draws)  # [rows]
-            for row, token in enumerate(chosen.tolist()):
-                if len(tokens[row]) < limits[row] and (not tokens[row] or tokens[row][-1] != self._eos):
-                    tokens[row].append(token)
-                    logprobs[row].append(scores[row, token].item())
-            if all(row[-1] == self._eos or len(row) == most for row, most in zip(tokens, limits, strict=True)):
-                break
-            ids = chosen[:, None]
-        return tuple(
-            self._completion(request, row, row >= plan.num_samples, tokens[row], logprobs[row])
-            for row in range(num_rows)
-        )
+    def _generate_groups(self, tickets: Sequence[Ticket]) -> list[Group]:
+        rows = [self._make_rows(ticket) for ticket in tickets]
+        self._generate([ticket.request for ticket in tickets], rows)
+        return [
+            tuple(self._completion(ticket.request, place, row) for place, row in enumerate(members))
+            for ticket, members in zip(tickets, rows, strict=True)
+        ]
 
-    def _choose(self, scores: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
-        """A sample for each generator in `draws`, the most likely token for rows beyond them. [rows, V] -> [rows]"""
+    def _make_rows(self, ticket: Ticket) -> list[_Row]:
+        seed, plan, limit = ticket.request.seed, ticket.plan, self._config.max_new_tokens
+        draws = [torch.Generator().manual_seed((seed + k) % 2**63) for k in range(plan.num_samples)]
+        rows = [_Row(False, plan.max_tokens(limit, greedy=False), draw) for draw in draws]
+        return [*rows, _Row(True, plan.max_tokens(limit, greedy=True), None)] if plan.with_greedy else rows
+
+    def _generate(self, requests: Sequence[Request], groups: Sequence[Sequence[_Row]]) -> None:
+        """Fill the rows, token by token."""
+        ids, mask = _pad_left([request.prompt_ids for request in requests])  # [N, P] each
+        owners = torch.tensor([number for number, group in enumerate(groups) for _ in group])  # [R]
+        rows = [row for group in groups for row in group]
+        positions = mask.cumsum(dim=1).sub(1).clamp(min=0)  # [N, P]
+        output = self._model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        cache, logits = output.past_key_values, output.logits[owners, -1]  # [R, V]
+        cache.batch_select_indices(owners)
+        mask, positions = mask[owners], positions[owners, -1:]
+        while True:
+            chosen = self._choose(logits, rows)  # [R]
+            if all(row.is_over(self._eos) for row in rows):
+                break
+            mask, positions = torch.cat([mask, torch.ones_like(positions)], dim=1), positions + 1
+            output = self._model(
+                input_ids=chosen[:, None],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = output.logits[:, -1]
+
+    def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> Tensor:
+        """The next token of each row, added to it. [R, V] -> [R]"""
+        scores = torch.log_softmax(logits.float() / self._config.temperature, dim=-1)
         chosen = scores.argmax(dim=-1)
-        for row, draw in enumerate(draws):
-            chosen[row] = torch.multinomial(scores[row].exp(), 1, generator=draw)[0]
+        for number, row in enumerate(rows):
+            if row.draw is not None:
+                chosen[number] = torch.multinomial(scores[number].exp(), 1, generator=row.draw)[0]
+        logprobs = scores.gather(1, chosen[:, None]).squeeze(1)
+        for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
+            row.add(token, logprob, self._eos)
         return chosen
 
-    def _completion(
-        self, request: Request, row: int, greedy: bool, token_ids: list[int], logprobs: list[float]
-    ) -> Completion:
+    def _completion(self, request: Request, place: int, row: _Row) -> Completion:
         return Completion(
             prompt_id=request.prompt_id,
-            sample_index=0 if greedy else row,
-            is_greedy=greedy,
+            sample_index=0 if row.is_greedy else place,
+            is_greedy=row.is_greedy,
             prompt_ids=request.prompt_ids,
-            token_ids=tuple(token_ids),
-            sampling_logprobs=tuple(logprobs),
-            text=decode_completion(self._tokenizer, token_ids),
-            is_finished=token_ids[-1] == self._eos,
+            token_ids=tuple(row.tokens),
+            sampling_logprobs=tuple(row.logprobs),
+            text=decode_completion(self._tokenizer, row.tokens),
+            is_finished=row.tokens[-1] == self._eos,
             first_policy_version=self._version,
             last_policy_version=self._version,
         )
+
+
+def _pad_left(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Token ids, and 1 where they are real. [N, P] each"""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return ids, (torch.arange(longest) >= longest - lengths[:, None]).long()

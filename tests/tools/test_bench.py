@@ -43,6 +43,22 @@ def test_trl_agreement_records_our_half(tmp_path: Path) -> None:
     assert {row["is_finished"] for row in rows} == {True, False}
 
 
+def test_throughput_beside_trl_runs_our_arm_and_says_what_it_skips(tmp_path: Path) -> None:
+    inputs, out = make_inputs(tmp_path), tmp_path / "out.json"
+    arguments = ("--smallest", "--inputs", str(inputs.data.parent), "--out", str(out))
+
+    first = run("trl_throughput.py", *arguments, "--rounds", "1", "--algorithms", "rloo")
+    again = run("trl_throughput.py", *arguments, "--rounds", "1", "--algorithms", "rloo")
+
+    (arms,) = json.loads(out.read_text())["rounds"]
+    measured = arms["all/rloo/transformers"]
+    assert measured["samples_per_s"] == pytest.approx(4 / measured["wall_s"])
+    assert 0 < measured["mean_tokens"] <= 6
+    assert "skipped: TRL's arms" in first.stderr
+    assert "| all | rloo | ours, `transformers` |" in again.stdout
+    assert "all/rloo/transformers" not in again.stderr  # it was not run again
+
+
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What default_run.py leaves of one seed: out.json, and a finished pipeline in clones/seed-3."""

@@ -34,14 +34,14 @@ Span = tuple[str, str, float, float, int]
 
 
 @contextmanager
-def start(path: Path, spans: list[Span] | None = None) -> Iterator[Generator]:
+def start(path: Path, spans: list[Span] | None = None, config: GenerationConfig = CONFIG) -> Iterator[Generator]:
     model = save_tiny_model(path / "first", seed=0)
 
     def record(*span: str | float | int) -> None:
         if spans is not None:
             spans.append(span)  # type: ignore[arg-type]
 
-    with start_generator(model, CONFIG, log_dir=path, record=record) as generator:
+    with start_generator(model, config, log_dir=path, record=record) as generator:
         yield generator
 
 
@@ -74,6 +74,31 @@ def test_a_prompts_samples_depend_on_neither_its_neighbours_nor_global_state(tmp
         torch.manual_seed(123)
 
         assert generate(generator, REQUESTS[1:], plan) == together[1:]
+
+
+def test_prompts_sampled_at_once_get_the_samples_that_each_gets_alone(tmp_path: Path) -> None:
+    plan = SamplingPlan(num_samples=2, with_greedy=True)
+    spans: list[Span] = []
+    with start(tmp_path) as generator:
+        alone = generate(generator, REQUESTS, plan)
+    with start(tmp_path, spans, CONFIG.model_copy(update={"prompts_at_once": 2})) as generator:
+        generator.submit(Ticket(0, REQUESTS[0], plan))
+        generator.submit(Ticket(1, REQUESTS[1], plan))
+        generator.publish(WeightsUpdate(1, tmp_path / "first"))
+        generator.submit(Ticket(2, REQUESTS[1], plan))
+        first, second, _, third = wait_for(generator, 4)
+
+    groups = [event.group for event in (first, second, third) if isinstance(event, Finished)]
+    assert texts(groups) == texts([alone[0], alone[1], alone[1]])
+    for together, single in zip(groups, alone, strict=False):
+        pairs = zip(together, single, strict=True)
+        assert all(item.sampling_logprobs == pytest.approx(other.sampling_logprobs, abs=1e-4) for item, other in pairs)
+    assert [(kind, version) for _, kind, _, _, version in spans] == [("generate", 0), ("swap", 1), ("generate", 1)]
+
+
+def test_prompts_at_once_are_refused_where_vllm_batches() -> None:
+    with pytest.raises(ValueError, match=r"generation\.prompts_at_once=4 does nothing with generation.engine='vllm'"):
+        GenerationConfig(engine="vllm", max_new_tokens=6, max_prompt_tokens=20, prompts_at_once=4)
 
 
 def test_what_is_submitted_before_a_publication_is_sampled_by_the_older_weights(tmp_path: Path) -> None:
