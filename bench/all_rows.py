@@ -9,6 +9,10 @@ Read = Callable[[Any], float]
 """The figure, from a script's JSON."""
 
 
+PREFLIGHT = "ReMax, all of 8 layers, bf16, vocabulary 128,000"
+"""The configuration that `make bench` measures of preflight_second.json."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One row of the table."""
@@ -151,26 +155,35 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
         ),
         Script(
             "throughput.py",
-            ("--rounds", "1", *given),
-            (Figure("learner / plain transformers, samples/s", lambda r: r["summary"]["ratio"], at_least=1.3),),
+            ("--model", sft, "--rounds", "1", "--prompts", "4", "--arms", "0", "1"),
+            (
+                Figure("learner / plain step, RLOO", read_throughput("rloo, 12 layers"), at_least=1.3),
+                Figure("learner / plain step, RLOO, all layers", read_throughput("rloo, all layers"), at_least=1.3),
+            ),
             needs_inputs=True,
         ),
         Script(
             "trl_throughput.py",
-            ("--rounds", "1", "--trl-python", trl_python or "", *given),
-            (Figure("learner / TRL, samples/s", lambda r: r["summary"]["ratio"], at_least=1.3),),
+            (
+                *("--rounds", "1", "--trl-python", trl_python or "", "--algorithms", "grpo", "--layers", "12", *given),
+                *("--updates", "2", "--warm-up", "1", "--completions", "16"),
+            ),
+            (
+                Figure("samples/s / TRL's, equal generator, GRPO", read_trl("transformers"), at_least=1.3),
+                Figure("samples/s / TRL's, as shipped, GRPO", read_trl("vllm"), at_least=3),
+            ),
             needs_inputs=True,
             skip=no_trl,
         ),
         Script(
             "vocabulary.py",
-            (),
-            (Figure("peak memory, large / small vocabulary", lambda r: r["summary"]["growth"], at_most=1.15),),
+            ("--losses", "chunked", "--trainable-layers", "12", "--rows", "4"),
+            (Figure("peak at 128,000 words / at 32,000, beyond the embeddings", read_growth, at_most=1.15),),
         ),
         Script(
             "preflight.py",
-            (),
-            (Figure("memory estimate's largest error", lambda r: r["summary"]["largest_error"], at_most=0.15),),
+            ("--configurations", "bench/preflight_second.json", "--only", PREFLIGHT),
+            (Figure("memory estimate's error", read_error, at_most=0.15),),
         ),
         Script("study.py", (), (Figure("study", None),), skip="hours"),
         Script("default_run.py", (), (Figure("the default run, ≤ 20 minutes", None),), skip="12 minutes a seed"),
@@ -194,3 +207,33 @@ def read_start(stage: str) -> Read:
 
 def read_async(name: str) -> Read:
     return lambda report: float(report["summary"]["async 1, drain"][name])
+
+
+def read_throughput(name: str) -> Read:
+    return lambda report: next(float(arm["ratio"]) for key, arm in report["arms"].items() if key.startswith(name))
+
+
+def read_trl(side: str) -> Read:
+    def read(report: Any) -> float:
+        (arms,) = report["rounds"]
+        return float(arms[f"12/grpo/{side}"]["samples_per_s"] / arms["12/grpo/trl"]["samples_per_s"])
+
+    return read
+
+
+def read_growth(report: Any) -> float:
+    """Of the peak, without what the larger embeddings themselves need."""
+    small, large = (report["arms"][f"chunked, 12, {words}"] for words in (32_000, 128_000))
+    peaks = [max(arm["peak_bytes"].values()) for arm in (small, large)]
+    own = sum(large["own_bytes"].values()) - sum(small["own_bytes"].values())
+    return float((peaks[1] - own) / peaks[0])
+
+
+def read_error(report: Any) -> float:
+    """The largest of any rank's."""
+    measured = report["configurations"].values()
+    return max(
+        abs(estimate / peak - 1)
+        for item in measured
+        for estimate, peak in zip(item["estimated_bytes"], item["peak_bytes"], strict=True)
+    )
