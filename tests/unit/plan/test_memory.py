@@ -194,7 +194,7 @@ def test_ranks_cut_micro_batches_until_each_has_one() -> None:
 
 
 @pytest.mark.parametrize("layers", ["all", "12"])
-@pytest.mark.parametrize("algorithm", ["ppo", "remax", "rloo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["ppo", "remax", "rloo", "grpo", "online_dpo"])
 def test_the_formulas_are_within_a_tenth_of_what_was_measured(layers: str, algorithm: str) -> None:
     known = find_known("HuggingFaceTB/SmolLM2-135M")
     assert known is not None
