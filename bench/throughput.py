@@ -20,6 +20,8 @@ import functools
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -52,6 +54,7 @@ NUM_SAMPLES = 4
 """Of each prompt. RLOO trains on all of them, online DPO on two."""
 TARGET = 1.3
 LR, CLIP, BETA = 1e-7, 1.0, 0.1
+NOT_SETTINGS = ("out", "arm", "table")
 TOLERANCE = 0.03
 """Relative, of loss and gradient norm: both arms compute in bf16 and round at different places."""
 
@@ -96,21 +99,32 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--arms", type=int, nargs="+", default=list(range(len(ARMS))), help="by their place")
     parser.add_argument("--layers", help="in place of 12, for smaller models")
+    parser.add_argument("--arm", type=int, help="by its place, measured in this process")
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
     options = parser.parse_args()
+    if options.arm is not None:
+        print(json.dumps(measure(find_arm(options.arm, options), options)))
+        return
     report = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"arms": {}}
     for place in () if options.table else options.arms:
-        arm = ARMS[place]
-        if options.layers and arm.layers != "all":
-            arm = dataclasses.replace(arm, layers=options.layers)
-        arm = dataclasses.replace(arm, prompts=options.prompts or arm.prompts)
-        if arm.key not in report["arms"]:
-            report["arms"][arm.key] = measure(arm, options)
+        key = find_arm(place, options).key
+        if key not in report["arms"]:
+            # In a process of its own: what another arm has left in memory is no part of it.
+            command = [sys.executable, *sys.argv, "--arm", str(place)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            report["arms"][key] = json.loads(done.stdout.splitlines()[-1])  # libraries talk, too
             report |= {"target": TARGET, "commit": git("rev-parse", "HEAD"), "machine": describe_machine()}
-            report["settings"] = {name: str(value) for name, value in vars(options).items() if name != "out"}
+            report["settings"] = {name: str(value) for name, value in vars(options).items() if name not in NOT_SETTINGS}
             if options.out:
                 options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(format_table(report["arms"]))
+
+
+def find_arm(place: int, options: argparse.Namespace) -> Arm:
+    """An arm by its place, with what the options say in its stead."""
+    arm = ARMS[place]
+    layers = options.layers if options.layers and arm.layers != "all" else arm.layers
+    return dataclasses.replace(arm, layers=layers, prompts=options.prompts or arm.prompts)
 
 
 def measure(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:

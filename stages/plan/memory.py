@@ -162,16 +162,15 @@ def _find_reduction(trained: Trained, batch: Batch, config: LearnerConfig, *, is
 
 
 def _find_step(trained: Trained, config: LearnerConfig, *, is_gpu: bool) -> _Moment:
-    """The optimizer's step: a flat copy of the gradients, and roots of the second moments with their quotient.
+    """The optimizer's step: a flat copy of the gradients and, on a GPU, roots of the second moments.
 
-    On a GPU the quotient takes the roots' place. Without sharing there is no flat copy, and a parameter is updated at a
-    time; clipping takes as much as the gradients.
+    Without sharing there is no flat copy, and one parameter is updated at a time; clipping takes as much as gradients.
     """
     held = count_gradients(trained, config)
     if config.zero_stage == 0:
         return _Moment(held, held)
     share = FLOAT32 * trained.num_trained / config.num_ranks
-    return _Moment(min(held, share), share * (2 if is_gpu else 3))
+    return _Moment(min(held, share), share * (2 if is_gpu else 1))
 
 
 def _count_whole(trained: Trained) -> int:

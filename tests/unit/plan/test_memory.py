@@ -48,8 +48,9 @@ def test_a_trained_model_matches_hand_computation() -> None:
 
     assert counted.weights == 107_520  # 4 x 26,880
     assert counted.optimizer == 111_744  # 12 x 9,312
-    # The fullest moment is the optimizer's step, with the gradients and three times their bytes.
-    assert (counted.gradients, counted.activations) == (37_248, 111_744)  # 4 and 12 x 9,312
+    # A token in the block: norms 512, casts 5 x 64, attention 4 x 64 + 4 heads x 16 x 6, feed-forward 8 x 64 = 1,984.
+    # 16 of them; last norm 16 x 256, predictors 8 x 320, logits 8 x 259 x 14, casts 2 x 9,312 and 2 x 8,288.
+    assert (counted.gradients, counted.activations) == (37_248, 102_608)
     long = count(Trained(TINY, 1, "x"), Batch(tokens=160, sequence_tokens=16, completion_tokens=8))
     # A token in the block: norms 512, casts 5 x 64, attention 4 x 64 + 4 heads x 16 x 6, feed-forward 8 x 64 = 1,984.
     # Last norm 160 x 256, predictors 8 x 320, logits 8 x 259 x 14, casts 2 x 9,312 of the block, 2 x 8,288 of the head.
