@@ -46,7 +46,7 @@ MARKS: dict[str, dict[str, str]] = {
 """Functions whose first call is a moment to know, on whatever thread."""
 FETCH = {
     "stages.generation.vllm_client": ("VllmClient._generate",),
-    "stages.generation.transformers_generator": ("TransformersGenerator._generate_group",),
+    "stages.generation.transformers_generator": ("TransformersGenerator._generate_groups",),
 }
 """Either is the first completion being asked for."""
 WORK: dict[str, dict[str, tuple[str, ...]]] = {

@@ -45,8 +45,9 @@ from stages.data.batches import SequenceBatch, collate
 from stages.data.text import TokenSequence
 from stages.learner.config import LearnerConfig
 from stages.learner.engine import Learner
+from stages.learner.frozen import load_frozen_policy
 from stages.learner.logprobs import compute_logprobs, compute_logprobs_and_kl
-from stages.learner.trainable import load_frozen_policy, load_trained_policy
+from stages.learner.trainable import load_trained_policy
 from stages.plan.architecture import KNOWN
 
 SHAPE: dict[str, Any] = json.loads((KNOWN / "smollm2-135m.json").read_text())["config"]
@@ -111,7 +112,7 @@ def measure_arm(arm: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="vocabulary-") as name:
         path = Path(name) / "model"
         learner = make_learner(arm, path)
-        reference = load_frozen_policy(path) if arm["loss"] == "kl" else None
+        reference = load_frozen_policy(path, make_config(arm)) if arm["loss"] == "kl" else None
         batch, loss = draw_batch(arm), make_loss(arm["loss"], reference)
         peaks: dict[str, int] = {}
         watch_step(learner, memory, peaks)
@@ -130,9 +131,13 @@ def make_learner(arm: dict[str, Any], path: Path) -> Learner:
     torch.manual_seed(0)
     shape = SHAPE | {"vocab_size": arm["vocabulary"], "num_hidden_layers": arm["layers"]}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16).save_pretrained(path)
-    layers = arm["trainable_layers"]
-    config = LearnerConfig(lr=1e-8, trainable_layers=layers if layers == "all" else int(layers))
+    config = make_config(arm)
     return Learner(load_trained_policy(path, config, "learner"), config, 1000, path)
+
+
+def make_config(arm: dict[str, Any]) -> LearnerConfig:
+    layers = arm["trainable_layers"]
+    return LearnerConfig(lr=1e-8, trainable_layers=layers if layers == "all" else int(layers))
 
 
 def draw_batch(arm: dict[str, Any]) -> SequenceBatch:
