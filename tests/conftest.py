@@ -1,5 +1,6 @@
 import os
 
+import pytest
 from hypothesis import settings
 
 # Tiny models on many threads spend their time waiting for each other.
@@ -9,3 +10,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # How long an example takes says something about the machine alone.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+CORES = os.sched_getaffinity(0)
+
+
+@pytest.fixture(autouse=True)
+def all_cores() -> None:
+    """A stage that ran in this process has bound it to the learner's cores."""
+    os.sched_setaffinity(0, CORES)
