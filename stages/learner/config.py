@@ -60,8 +60,8 @@ class LearnerConfig(Section):
     """auto: completions of one prompt read it once where the model's layers all look back without limit, and neither
     gradient_checkpointing nor compile stands in the way. Results differ by rounding only."""
     compile: bool = False
-    """Compile each transformer block with torch.compile: minutes at the start, and it needs a C++ compiler; worth it
-    on GPUs."""
+    """Compile each transformer block with torch.compile: minutes at the start, and it needs a C++ compiler. It
+    gained nothing on CPU (docs/benchmarks/2026-11-21-throughput.md) and has not been run on a GPU."""
     lora: LoraConfig | None = None
     """Train low-rank adapters in place of the weights; exported models have them merged in."""
 
