@@ -26,6 +26,8 @@ LOCK := requirements/$(DEVICE).lock
 BIN := .venv/bin
 STAMP := .venv/installed.sha256
 UV := .slipstream/uv/bin/uv
+# Files are dealt out in this order, the long ones first; what a file's tests share is made once.
+TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 NOISE := .*(_s|_bytes|_histogram.*|_dropped.*|_first)$$
 COMPILE = $(UV) pip compile -q pyproject.toml --extra dev --override requirements/overrides.txt \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock"
@@ -74,7 +76,7 @@ pull: setup ## fetch the artifacts that dvc.lock names, and the run cache, from 
 	@$(BIN)/dvc pull --run-cache
 
 test: setup format-and-types ## everything CI runs
-	$(BIN)/python -m pytest -q tests/unit tests/architecture tests/integration tests/tools
+	$(BIN)/python -m pytest -q $(TWO_AT_ONCE) tests/tools tests/integration tests/architecture tests/unit
 
 check: setup format-and-types ## the fast part of `make test`
 	$(BIN)/python -m pytest -q tests/unit tests/architecture
