@@ -6,6 +6,7 @@ from itertools import groupby
 
 from torch import Tensor
 
+from stages.common.errors import RunError
 from stages.common.metrics import Mean
 from stages.data.records import Completion
 from stages.generation.protocol import Group, Ticket
@@ -78,7 +79,7 @@ class Preparation:
     """None: groups come with their scores."""
     missing_eos_score: float
     reference: Reference | None
-    """None: the algorithm does without."""
+    """None: the algorithm does without, or completions come with its log-probabilities."""
     learner: Reference
     """The learner as it is, for proximal log-probabilities."""
     max_tokens: int
@@ -129,7 +130,13 @@ class Preparation:
         )
 
     def build(self, split: Sequence[Sequence[Member]]) -> tuple[list[MicroBatch], dict[str, Mean]]:
-        """Tensors of every micro-batch, and metrics of their advantages."""
+        """Tensors of every micro-batch, and metrics of their advantages.
+
+        Raises:
+            RunError: the algorithm needs log-probabilities of a reference that nobody has computed.
+        """
+        if self.algorithm.needs_reference and self.reference is None:
+            _require_reference(split)
         lookups = Lookups(
             self.reference if self.algorithm.needs_reference else None,
             self.learner if self.algorithm.needs_proximal else None,
@@ -223,6 +230,12 @@ def _reference_logprobs(sampled: Sequence[Sampled]) -> list[tuple[float, ...] | 
         for item in sampled
         for logprobs in (item.scored and item.scored.reference_logprobs) or (None,) * len(item.group)
     ]
+
+
+def _require_reference(split: Sequence[Sequence[Member]]) -> None:
+    missing = [item.group for members in split for item in members if item.reference_logprobs is None]
+    if missing:
+        raise RunError(f"ticket {missing[0]}: a completion came without log-probabilities of the reference")
 
 
 def _scored(item: Sampled) -> ScoredGroup:

@@ -13,14 +13,15 @@ from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.rollouts import Reference
 
 
-def reads_reference(algorithm: Algorithm, *, is_replayed: bool) -> bool:
-    """Whether an algorithm reads the reference in its updates; evaluations can borrow it.
+def reads_reference(algorithm: Algorithm, *, are_recorded: bool) -> bool:
+    """Whether an algorithm reads the reference in the learner's updates; evaluations can borrow it.
 
     Args:
         algorithm: with its KL coefficients.
-        is_replayed: recorded samples bring the reference's log-probabilities, but not its whole distributions.
+        are_recorded: samples bring the reference's log-probabilities, but not its whole distributions: from a ledger
+            that is replayed, or from the process on the generator's devices.
     """
-    return algorithm.needs_exact_kl or (algorithm.needs_reference and not is_replayed)
+    return algorithm.needs_exact_kl or (algorithm.needs_reference and not are_recorded)
 
 
 @dataclass(frozen=True)

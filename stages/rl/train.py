@@ -257,6 +257,7 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
     policy = Reference(learner.model, config.learner.dtype, setting.generation.temperature)
     references = ReferenceSource(ranks, inputs.sft, policy, config.learner)
     is_replayed = config.replay_from is not None
+    are_recorded = is_replayed or config.reference_on == "generator"
     value_learner = _make_value_learner(setting, ranks)
     dtype, max_tokens = config.learner.dtype, config.learner.micro_batch_tokens
     is_local = config.score_on == "learner" and not is_replayed
@@ -264,7 +265,7 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
         algorithm=algorithm,
         scorer=load_scorer(inputs.reward, dtype, max_tokens) if is_local else None,
         missing_eos_score=resolve_missing_eos_score(config.missing_eos_score, read_score_range(inputs.reward)),
-        reference=references.load() if reads_reference(algorithm, is_replayed=is_replayed) else None,
+        reference=references.load() if reads_reference(algorithm, are_recorded=are_recorded) else None,
         learner=policy,
         max_tokens=max_tokens,
         value=None if value_learner is None else ValueModel(value_learner.model, dtype),

@@ -174,7 +174,7 @@ def finish(process: "subprocess.Popen[str]") -> int:
     "settings",
     [
         {"max_staleness": 1},
-        {"max_staleness": 3, "updates_per_rollout": 2, "score_on": "generator"},
+        {"max_staleness": 3, "updates_per_rollout": 2, "score_on": "generator", "reference_on": "generator"},
         {"max_staleness": 6, "updates_per_rollout": 2, "epochs_per_rollout": 2},
         PPO,
     ],

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.common.errors import RunError
 from stages.data.records import Completion
 from stages.generation.protocol import Request, SamplingPlan, Ticket
 from stages.rl.algorithms.online_dpo import OnlineDpo
@@ -97,9 +98,17 @@ def test_reference_logprobs_that_came_with_the_samples_are_used_as_they_are() ->
     scored = ScoredGroup(scores=(), reference_logprobs=((-7.0,), (-1.0, -2.0, -3.0), None))
     sampled = [replace(make_sampled(4), scored=scored), make_sampled(5)]
 
-    (micro_batch,) = prepare(make_preparation(DPO), sampled).micro_batches
+    (micro_batch,) = prepare(replace(make_preparation(DPO), reference=None), sampled).micro_batches
 
     assert micro_batch.inputs.reference_logprobs.tolist() == [[-1.0, -2.0, -3.0], [-7.0, 0.0, 0.0]]
+
+
+def test_without_a_reference_all_that_is_trained_on_must_bring_its_logprobs() -> None:
+    scored = ScoredGroup(scores=(), reference_logprobs=(None, (-1.0, -2.0, -3.0), None))
+    sampled = [replace(make_sampled(4), scored=scored), make_sampled(5)]
+
+    with pytest.raises(RunError, match="ticket 4: a completion came without log-probabilities of the reference"):
+        prepare(replace(make_preparation(DPO), reference=None), sampled)
 
 
 def test_equal_scores_everywhere_give_no_mini_batch() -> None:

@@ -36,7 +36,7 @@ class CountingRanks(Ranks):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "live", "replayed"),
+    ("name", "options", "live", "recorded"),
     [
         ("online_dpo", {}, True, False),
         ("best_of_n", {}, False, False),
@@ -47,13 +47,13 @@ class CountingRanks(Ranks):
     ],
 )
 def test_only_algorithms_with_a_kl_keep_the_reference(
-    name: str, options: dict[str, Any], live: bool, replayed: bool
+    name: str, options: dict[str, Any], live: bool, recorded: bool
 ) -> None:
     config: Any = TypeAdapter(AlgorithmConfig).validate_python({"name": name} | options)
     algorithm = ALGORITHMS[name](**config.model_dump(exclude={"name"}))
 
-    assert reads_reference(algorithm, is_replayed=False) is live
-    assert reads_reference(algorithm, is_replayed=True) is replayed
+    assert reads_reference(algorithm, are_recorded=False) is live
+    assert reads_reference(algorithm, are_recorded=True) is recorded
 
 
 def test_a_borrowed_reference_is_let_go_and_a_loaded_one_stays(tmp_path: Path) -> None:
