@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cell_queue import Base, Cell, run_queue, write_report
+from cell_queue import Base, Cell, run_queue, shared_report
 from default_run import describe_machine, git
 
 MODES: dict[str, dict[str, Any]] = {"async 1": {"max_staleness": 1}, "sync": {"max_staleness": 0}}
@@ -47,8 +47,8 @@ def main() -> None:
     cells = list_cells(arguments.algorithms, arguments.modes, base)
     run_queue(cells, report, arguments.out, arguments.workspace, arguments.hours)
     every = list_cells(list(SETTINGS), list(MODES), base)
-    report["unrun"] = [cell.key for cell in every if cell.key not in report["cells"]]
-    write_report(report, arguments.out)
+    with shared_report(report, arguments.out, arguments.workspace):
+        report["unrun"] = [cell.key for cell in every if cell.key not in report["cells"]]
     print(format_table(report["cells"]))
     print("\nunrun: " + ("; ".join(cell.key for cell in cells if cell.key not in report["cells"]) or "none"))
 

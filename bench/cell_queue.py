@@ -3,6 +3,7 @@
 The stages up to the reward model run once in a clone of the code at one commit, the base. A cell is a clone of the base
 with other settings of section `rl`, in which only RL and evaluation run; DVC takes the rest from the base's cache. What
 a cell found is written at once, and its clone is deleted. A cell that fails is written down with its last words too.
+Two queues of the same file and workspace share the cells; their seconds are then no measure of anything.
 """
 
 import csv
@@ -15,7 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,38 +60,71 @@ class CellError(Exception):
 def run_queue(cells: list[Cell], report: dict[str, Any], out: Path, workspace: Path, hours: float) -> None:
     """Run what is missing in `report`, in order; each result is written at once. No cell starts after `hours`.
 
+    Several processes may do so with the same report and workspace: each takes cells that no other has at hand.
+
     Raises:
         CellError: a stage before RL failed.
     """
     # As an exception it ends the pipeline at hand too, which would else run on in a clone that the next queue deletes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     deadline = time.monotonic() + 3600 * hours
-    workspace.mkdir(parents=True, exist_ok=True)
-    lock = (workspace / "lock").open("w")
+    with ExitStack() as stack:
+        lanes = (workspace.resolve() / f"lane-{number}" for number in count())
+        lane = next(path for path in lanes if stack.enter_context(locked(path, waits=False)))
+        for cell in cells:
+            if time.monotonic() > deadline:
+                return
+            with locked(workspace / "claims" / cell.key, waits=False) as is_ours:
+                if is_ours:
+                    run_missing(cell, report, out, lane)
+
+
+def run_missing(cell: Cell, report: dict[str, Any], out: Path, lane: Path) -> None:
+    """Run a cell unless the report has it, and write what it found, or its last words."""
+    workspace = lane.parent
+    with shared_report(report, out, workspace):
+        attempts = report["failed"].get(cell.key, {}).get("attempts", 0)
+        if cell.key in report["cells"] or attempts >= MAX_ATTEMPTS:
+            return
+    base = workspace / cell.base.name
+    with locked(workspace / "claims" / cell.base.name):
+        make_base(base, cell.base.settings, report["commit"])
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(f"{workspace}: another queue works in it; wait for it or name another --workspace") from None
-    failed = report.setdefault("failed", {})
-    is_ready: set[str] = set()
-    for cell in cells:
-        is_spent = failed.get(cell.key, {}).get("attempts", 0) >= MAX_ATTEMPTS
-        if cell.key in report["cells"] or is_spent or time.monotonic() > deadline:
-            continue
-        base = workspace.resolve() / cell.base.name
-        if cell.base.name not in is_ready:
-            make_base(base, cell.base.settings, report["commit"])
-            is_ready.add(cell.base.name)
+        result = run_cell(cell, base, lane.with_name(f"{lane.name}-cell"))
+    except CellError as error:
+        print(f"{cell.key}: {error}", file=sys.stderr, flush=True)
+        with shared_report(report, out, workspace):
+            failure = {"reason": str(error), "attempts": attempts + 1, "commit": report["commit"]}
+            report["failed"][cell.key] = failure
+        return
+    with shared_report(report, out, workspace):
+        report["failed"].pop(cell.key, None)
+        report["cells"][cell.key] = {**cell.labels, **result, "commit": report["commit"]}
+    print(cell.key, json.dumps(report["cells"][cell.key]), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def locked(path: Path, *, waits: bool = True) -> Iterator[bool]:
+    """Whether this process has the lock while this is open. It goes with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as file:
         try:
-            result = run_cell(cell, base, workspace.resolve() / "cell")
-        except CellError as error:
-            attempts = failed.get(cell.key, {}).get("attempts", 0) + 1
-            failed[cell.key] = {"reason": str(error), "attempts": attempts, "commit": report["commit"]}
-            print(f"{cell.key}: {error}", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
         else:
-            failed.pop(cell.key, None)
-            report["cells"][cell.key] = {**cell.labels, **result, "commit": report["commit"]}
-            print(cell.key, json.dumps(report["cells"][cell.key]), file=sys.stderr, flush=True)
+            yield True
+
+
+@contextmanager
+def shared_report(report: dict[str, Any], out: Path, workspace: Path) -> Iterator[None]:
+    """The report with what other queues have found; nobody else changes it while this is open. Then it is written."""
+    with locked(workspace / "report"):
+        report.setdefault("failed", {})
+        if out.exists():
+            found = json.loads(out.read_text())
+            report.update({name: found.get(name, {}) for name in ("cells", "failed")})
+        yield
         write_report(report, out)
 
 
@@ -121,7 +158,7 @@ def run_cell(cell: Cell, base: Path, clone: Path) -> dict[str, Any]:
     # Hard links: what RL adds goes with the clone, or the base's cache would grow by two models a cell.
     subprocess.run(["cp", "-al", str(base / ".dvc/cache"), str(clone / ".dvc/cache")], check=True)
     edit_params(clone, cell.settings)
-    with PeakMemory() as memory:
+    with PeakMemory(clone) as memory:
         ran = run_pipeline(clone, ())
     if set(ran) & set(UPSTREAM):
         raise SystemExit(f"{cell.key}: ran {ran}; only RL and evaluation should have")
@@ -209,10 +246,11 @@ def run_pipeline(clone: Path, stages: tuple[str, ...]) -> list[str]:
 
 
 class PeakMemory:
-    """Largest resident memory of the process that trains, looked at once a second."""
+    """Largest resident memory of the process that trains in a clone, looked at once a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, clone: Path) -> None:
         self.peak_gib = 0.0
+        self._clone = str(clone)
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -229,7 +267,7 @@ class PeakMemory:
         while not self._is_over.wait(POLL_S):
             for process in us.children(recursive=True):
                 try:
-                    if process.cmdline()[1:3] == ["-m", "stages.train_policy"]:
+                    if process.cmdline()[1:3] == ["-m", "stages.train_policy"] and process.cwd() == self._clone:
                         self.peak_gib = max(self.peak_gib, process.memory_info().rss / 2**30)
                 except psutil.Error:
                     continue  # it ended meanwhile

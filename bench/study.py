@@ -7,7 +7,8 @@
 asynchronous and remax; study_grids.py lists their cells and settings. Everything up to the reward model runs once a
 policy size, in DIR/base-SIZE-COMMIT, which studies share; each cell is RL and evaluation. What is in the file is not
 run again, what failed twice is a result too, what is missing is listed as unrun. Stop it with Ctrl-C: only the cell at
-hand is lost.
+hand is lost. A second call beside the first takes other cells: where no seconds count, that is faster, as generator and
+learner wait for each other in most cells.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cell_queue import MAX_ATTEMPTS, Base, Cell, run_queue, write_report
+from cell_queue import MAX_ATTEMPTS, Base, Cell, run_queue, shared_report
 from default_run import describe_machine, git
 from study_figure import draw
 from study_grids import BASES, STUDIES, Study
@@ -32,11 +33,13 @@ def main() -> None:
     report = read_report(arguments, study)
     if not arguments.table and not arguments.figure:
         if arguments.retry:
-            report["failed"] = {}
+            with shared_report(report, arguments.out, arguments.workspace):
+                report["failed"] = {}
         report["commit"] = git("rev-parse", arguments.code or report["commit"])
         cells = [place(cell, report) for cell in study.cells if is_chosen(cell, arguments.only)]
         run_queue(cells, report, arguments.out, arguments.workspace, arguments.hours)
-        write_report(report | {"unrun": list_unrun(study.cells, report)}, arguments.out)
+        with shared_report(report, arguments.out, arguments.workspace):
+            report["unrun"] = list_unrun(study.cells, report)
     if arguments.figure:
         draw(study, report, arguments.out.with_suffix(".png"))
     else:

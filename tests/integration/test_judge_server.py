@@ -460,11 +460,15 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
 
 
 CHILD = """
+import signal
 import sys
 from pathlib import Path
 from stages.common.entry import run_entry
 from stages.judge.llm.judging import judge_matches
 from tests.unit.judge.llm.questions import make_config, make_match
+
+# A shell that runs the tests in the background has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def main():
     config = make_config(base_url=sys.argv[1], concurrency=4, usd_per_million_prompt_tokens=2.0,

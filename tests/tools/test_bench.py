@@ -1,5 +1,6 @@
 """Every benchmark script runs at its smallest size, so that none rots."""
 
+import fcntl
 import json
 import math
 import os
@@ -104,8 +105,10 @@ def queue_arguments(directory: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.timeout(300)
-def test_the_queue_of_algorithms_runs_a_cell_on_what_the_base_made_and_goes_on(queue: Path) -> None:
-    again = run("algorithms.py", "--hours", "0", *queue_arguments(queue))
+def test_the_queue_of_algorithms_runs_a_cell_on_what_the_base_made_and_leaves_another_queues_alone(queue: Path) -> None:
+    with (queue / "clones/claims/grpo, async 1, seed 0.lock").open("w") as taken:
+        fcntl.flock(taken, fcntl.LOCK_EX)
+        again = run("algorithms.py", *queue_arguments(queue))
 
     report = json.loads((queue / "out.json").read_text())
     (cell,) = report["cells"].values()
