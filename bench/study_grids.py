@@ -24,7 +24,7 @@ SHARED: dict[str, Any] = {
     "rl.num_eval_prompts": 48,
     "rl.checkpoint_every": 1000,
     "rl.max_kl_nats": 1000.0,
-    "rl.learner.lr": 2e-5,
+    "rl.learner.lr": 4e-5,
     "judge.num_shown": 2,
     "tracking.system_metrics": False,
 }

@@ -37,9 +37,9 @@ from stages.common.entry import QUIET_DEFAULTS
 from stages.generation.protocol import Request, SamplingPlan, Ticket
 from stages.learner.config import LearnerConfig
 from stages.learner.engine import Learner, compute_type
-from stages.learner.shared_prompts import can_share_prompts
 from stages.learner.trainable import load_trained_policy
 from stages.models.load import select_trainable
+from stages.models.shared_prompts import can_share_prompts
 from stages.rl.algorithm_config import CorrectionConfig, OnlineDpoConfig, RlooConfig
 from stages.rl.algorithms import ALGORITHMS
 from stages.rl.mini_batch import MiniBatch, Preparation, Sampled

@@ -223,9 +223,8 @@ class TransformersGenerator:
         """The next token of each row, added to it. [R, V] -> [R]"""
         scores = torch.log_softmax(logits.float() / self._config.temperature, dim=-1)
         chosen = scores.argmax(dim=-1)
-        for number, row in enumerate(rows):
-            if row.draw is not None:
-                chosen[number] = torch.multinomial(scores[number].exp(), 1, generator=row.draw)[0]
+        if sampled := [number for number, row in enumerate(rows) if row.draw is not None]:
+            chosen[sampled] = draw_tokens(scores[sampled].exp(), [row.draw for row in rows if row.draw is not None])
         logprobs = scores.gather(1, chosen[:, None]).squeeze(1)
         for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
             row.add(token, logprob, self._eos)
@@ -244,6 +243,18 @@ class TransformersGenerator:
             first_policy_version=self._version,
             last_policy_version=self._version,
         )
+
+
+def draw_tokens(probabilities: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
+    """A token of each row's distribution, by one uniform number of its own generator. [R, V] -> [R]
+
+    The library's `multinomial` draws as many numbers as there are tokens, a quarter of the time of sampling. float64:
+    a sum of 50,000 probabilities in float32 has a rounding error larger than many of them.
+    """
+    sums = probabilities.double().cumsum(dim=-1)
+    uniform = torch.stack([torch.rand(1, generator=draw, dtype=torch.float64) for draw in draws])  # [R, 1]
+    # The first token whose sum is above: one of probability 0 adds nothing and is never it.
+    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).squeeze(1).clamp(max=sums.shape[1] - 1)
 
 
 def _pad_left(prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:

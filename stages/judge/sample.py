@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from stages.common.errors import GeneratorError, InputError
 from stages.data.records import Completion, Prompt
 from stages.data.text import TokenSequence
@@ -16,7 +14,7 @@ from stages.generation.requests import make_requests
 from stages.generation.start import GeneratorSettings, start_generator
 from stages.judge.config import JudgeConfig
 from stages.judge.measure import Predictions, predict_completions, sum_kl, sum_logprobs
-from stages.models.load import freeze, load_policy, load_tokenizer, move, require_model_directory, select_device
+from stages.models.load import load_frozen, load_tokenizer, require_model_directory
 
 Columns = dict[str, list[float]]
 """Columns of a samples file besides the completions: one number per completion, in nats."""
@@ -184,8 +182,7 @@ def _sample(generator: Generator, requests: Sequence[Request], plan: SamplingPla
 
 def _predict(path: Path, sets: Sequence[Sequence[Completion]], config: JudgeConfig) -> list[Predictions]:
     """Load a model, run it over sets of completions, and let it go."""
-    model = move(load_policy(path, torch.float32), select_device())
-    freeze(model)
+    model = load_frozen(path, config.dtype)
     return [
         predict_completions(
             model,

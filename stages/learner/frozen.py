@@ -9,19 +9,21 @@ from transformers import PreTrainedModel
 from stages.learner import engine
 from stages.learner.config import LearnerConfig
 from stages.learner.group import join_alone
-from stages.models.load import freeze, load_policy, move, select_device
+from stages.models.load import freeze, load_frozen, load_policy, move, select_device
 
 
 def load_frozen_policy(path: Path, config: LearnerConfig) -> PreTrainedModel:
-    """The SFT model as a reference, in float32; its weights lie where those of the model under training lie.
+    """The SFT model as a reference; its weights lie where those of the model under training lie.
 
     Args:
         path: model directory.
         config: of the learner; with `zero_stage: 3` every rank calls this, and computes with the model together.
     """
+    if config.zero_stage < 3:
+        return load_frozen(path, config.dtype)
     model = load_policy(path, torch.float32)
     freeze(model)
-    return _share_out(model, config) if config.zero_stage == 3 else move(model, select_device())
+    return _share_out(model, config)
 
 
 def _share_out(model: PreTrainedModel, config: LearnerConfig) -> PreTrainedModel:

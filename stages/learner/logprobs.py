@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from stages.common.errors import InputError
 from stages.data.batches import SequenceBatch
 from stages.learner.lora import adapters_off
-from stages.learner.shared_prompts import read_shared
 from stages.models.sharding import call_as_forward, gathered, is_shared_out
+from stages.models.shared_prompts import read_shared
 
 CHUNK = 256
 """Most rows whose logits exist at once."""

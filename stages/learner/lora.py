@@ -15,12 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.common.errors import SettingError
 from stages.learner.config import LoraConfig
-from stages.models.load import TrainableLayers, find_blocks, freeze, select_trainable
+from stages.models.load import LINEAR, TrainableLayers, find_blocks, freeze, select_trainable
 from stages.models.sharding import gathered
 
 ADAPTER = "default"
-LINEAR = (nn.Linear, Conv1D)
-"""Kinds of linear layers; GPT-2 has only the second, whose weight is that of the first transposed."""
 _BASE = ".base_layer."
 _SEED = 0
 

@@ -13,6 +13,7 @@ from stages.learner.logprobs import require_plain_head
 from stages.learner.lora import add_adapters
 from stages.models.load import find_blocks, load_policy, move, save_model, select_trainable
 from stages.models.reward_model import init_reward_model, load_reward_model
+from stages.models.shared_prompts import can_share_prompts
 
 
 def load_trained_policy(path: Path, config: LearnerConfig, setting: str) -> PreTrainedModel:
@@ -47,6 +48,12 @@ def load_trained_reward(path: Path, config: LearnerConfig, setting: str, head_se
     _make_trainable(model, config, setting)
     model.score.requires_grad_(True)
     return model
+
+
+def shares_prompts(config: LearnerConfig, *models: PreTrainedModel) -> bool:
+    """Whether a prompt is read once for its completions: the settings allow it and every model can do it."""
+    is_wanted = config.share_prompts == "auto" and not (config.compile or config.gradient_checkpointing)
+    return is_wanted and all(can_share_prompts(model) for model in models)
 
 
 def save_trained(

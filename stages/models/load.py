@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from stages.common.errors import InputError, SettingError
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of the files that `torch.save` wrote."""
+LINEAR = (nn.Linear, Conv1D)
+"""Kinds of linear layers; GPT-2 has only the second, whose weight is that of the first transposed."""
 TrainableLayers = int | Literal["all"]
 
 
@@ -77,6 +80,34 @@ def load_policy(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         InputError: `path` is no complete model directory.
     """
     return load_model(AutoModelForCausalLM, path, dtype)
+
+
+def load_frozen(path: Path, dtype: Literal["bf16", "fp32"]) -> PreTrainedModel:
+    """A causal language model that only computes, on this process's device: what autocast gives with float32 weights.
+
+    With bf16 its linear layers are kept in bf16, to which autocast would round them in each forward pass anew: the same
+    results to the last bit, half the memory. Embeddings and norms stay float32, as is the stream that they give.
+
+    Args:
+        path: model directory.
+        dtype: compute type, under autocast.
+    """
+    model = load_policy(path, torch.float32)
+    freeze(model)
+    if dtype == "bf16":
+        for layer in list_linear(model):
+            layer.to(torch.bfloat16)
+    return move(model, select_device())
+
+
+def list_linear(model: PreTrainedModel) -> list[nn.Module]:
+    """Linear layers of the blocks, and the output head if it is not the table of embeddings."""
+    inside: Iterator[nn.Module] = (module for block in find_blocks(model) for module in block.modules())
+    layers = [module for module in inside if isinstance(module, LINEAR)]
+    head = model.get_output_embeddings()
+    if head is None or head.weight is model.get_input_embeddings().weight:
+        return [*layers]
+    return [*layers, head]
 
 
 def load_model(auto_class: Any, path: Path, dtype: torch.dtype, **settings: int) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """A reward model: a language model's backbone with a scalar head, in Hugging Face's own format.
 
-Shapes: B sequences, S tokens, right-padded.
+Shapes: B sequences, S tokens of prompt and completion, T of the completion, right-padded.
 """
 
 from pathlib import Path
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from stages.common.errors import InputError
+from stages.data.batches import SequenceBatch
 from stages.models.load import load_model
 from stages.models.sharding import call_as_forward
+from stages.models.shared_prompts import read_shared
 
 SHIFT = "score_shift"
 """Key in the model's config: subtracted from the head's output, so that SFT samples average 0."""
@@ -47,52 +49,28 @@ def load_reward_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def compute_scores(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Score of each sequence, read at its last real token (the end-of-sequence token if it is there).
+def compute_scores(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+    """Score of each completion, read at its last token (the end-of-sequence token if it is there).
 
     The library's own pooling looks for the last token that is not padding *by value* and so would skip an
     end-of-sequence token that doubles as padding; here the position comes from the mask.
 
     Args:
         model: from `init_reward_model` or `load_reward_model`.
-        input_ids: prompt and completion. [B, S]
-        attention_mask: True on real tokens, which come first. [B, S]
+        batch: prompts and completions; with shared prompts if `can_share_prompts` of the model.
 
     Returns:
         Shifted scores in float32. [B]
     """
-    outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    hidden = outputs.last_hidden_state  # [B, S, H]
-    return _read_scores(model, hidden, attention_mask)
-
-
-def compute_shared_scores(
-    model: PreTrainedModel, prompt_ids: Tensor, input_ids: Tensor, attention_mask: Tensor
-) -> Tensor:
-    """Scores of completions of one prompt, which is read once: half the work where prompts are as long as completions.
-
-    Args:
-        model: from `init_reward_model` or `load_reward_model`.
-        prompt_ids: [P]
-        input_ids: the completions alone. [B, T]
-        attention_mask: True on their real tokens, which come first. [B, T]
-
-    Returns:
-        Shifted scores in float32, those of `compute_scores` but for rounding. [B]
-    """
-    num_rows, num_tokens = input_ids.shape
-    cache = model.base_model(input_ids=prompt_ids[None], use_cache=True).past_key_values
-    cache.batch_repeat_interleave(num_rows)
-    prompt_mask = attention_mask.new_ones(num_rows, len(prompt_ids))
-    positions = torch.arange(len(prompt_ids), len(prompt_ids) + num_tokens, device=input_ids.device)
-    hidden = model.base_model(
-        input_ids=input_ids,
-        attention_mask=torch.cat([prompt_mask, attention_mask], dim=1),
-        position_ids=positions.expand(num_rows, num_tokens),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state  # [B, T, H]
-    return _read_scores(model, hidden, attention_mask)
+    if batch.prompts is None:
+        outputs = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        hidden = outputs.last_hidden_state  # [B, S, H]
+        last = batch.attention_mask.sum(dim=1) - 1  # [B]
+    else:
+        hidden = read_shared(model, batch, with_last=True)  # [B, T + 1, H]
+        last = batch.completion_mask.sum(dim=1)  # [B]
+    rows = torch.arange(len(last), device=last.device)
+    return apply_head(model, hidden[rows, last])
 
 
 def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -104,12 +82,6 @@ def _read_head(head: nn.Linear, hidden: Tensor) -> Tensor:
     # The head is tiny and its output is compared across batches: always in float32.
     with torch.autocast(hidden.device.type, enabled=False):
         return nn.functional.linear(hidden.float(), head.weight.float()).squeeze(1)
-
-
-def _read_scores(model: PreTrainedModel, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    last = attention_mask.long().sum(dim=1) - 1  # [B]
-    rows = torch.arange(len(last), device=last.device)
-    return apply_head(model, hidden[rows, last])
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:

@@ -14,7 +14,7 @@ from stages.common.errors import InputError
 from stages.learner.config import LoraConfig
 from stages.learner.lora import find_targets
 from stages.models.config import HubSource, ModelConfig, PackageSource, PathSource
-from stages.models.load import TrainableLayers, find_blocks, select_trainable
+from stages.models.load import TrainableLayers, find_blocks, list_linear, select_trainable
 from stages.models.shorten import shorten_config
 from stages.plan.settings import Places
 
@@ -44,6 +44,11 @@ class Architecture:
     def num_reward_parameters(self) -> int:
         """Those of a reward or value model of this shape: without output embeddings, with a head of one output."""
         return count_parameters(self.model.base_model) + self.hidden_size
+
+    @functools.cached_property
+    def num_linear(self) -> int:
+        """Parameters of what `load_frozen` keeps in the compute type: of linear layers, an untied head included."""
+        return sum(count_parameters(layer) for layer in list_linear(self.model))
 
     @property
     def num_layers(self) -> int:

@@ -10,7 +10,7 @@ to 3 keep a second copy of trained weights; gradients pass through a bucket, at 
 already; stage 3 keeps its share of the gradients, and weights that are gathered stay for a while.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stages.generation.config import GenerationConfig
 from stages.learner.config import LearnerConfig
@@ -113,6 +113,12 @@ def count_frozen_model(
     total = architecture.num_reward_parameters if batch.is_scoring else architecture.num_parameters
     block = batch.tokens * count_block(architecture, batch, dtype, is_gpu=is_gpu)
     return ModelBytes(weights=SIZES[weights] * total, activations=block + count_ends(architecture, batch, dtype))
+
+
+def count_frozen_policy(architecture: Architecture, batch: Batch, dtype: DType, *, is_gpu: bool) -> ModelBytes:
+    """A policy as `load_frozen` loads it: linear layers in the compute type, the rest in float32."""
+    counted = count_frozen_model(architecture, batch, "fp32", dtype, is_gpu=is_gpu)
+    return replace(counted, weights=counted.weights - (FLOAT32 - SIZES[dtype]) * architecture.num_linear)
 
 
 def count_generator(architecture: Architecture, config: GenerationConfig, shards: int) -> ModelBytes:

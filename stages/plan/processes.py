@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from stages.common.errors import SettingError
 from stages.common.guard import parse_cores
 from stages.learner.config import EpochsConfig, LearnerConfig
-from stages.learner.shared_prompts import shares_prompts
+from stages.learner.trainable import shares_prompts
 from stages.plan.architecture import Architecture
 from stages.plan.batches import UpdatePlan
 from stages.plan.devices import GIB, Devices
-from stages.plan.memory import count_frozen_model, count_generator, count_trained_model
+from stages.plan.memory import count_frozen_model, count_frozen_policy, count_generator, count_trained_model
 from stages.plan.settings import Settings
 from stages.plan.shapes import Batch, ModelBytes, Trained, make_batch, make_shared_batch
 from stages.rl.algorithm_config import PpoConfig
@@ -175,7 +175,11 @@ def _list_learner(settings: Settings, models: Models, update: UpdatePlan, device
     batch = _make_rl_batch(settings, models.policy, update)
     yield _count_learner(models.policy, config.learner, batch, "rl", devices)
     if config.learner.lora is None:
-        yield count_frozen_model(models.policy, batch, "fp32", config.learner.dtype, is_gpu=devices.is_gpu)
+        # Shared out it is in float32, and whole before that.
+        if config.learner.zero_stage < 3:
+            yield count_frozen_policy(models.policy, batch, config.learner.dtype, is_gpu=devices.is_gpu)
+        else:
+            yield count_frozen_model(models.policy, batch, "fp32", config.learner.dtype, is_gpu=devices.is_gpu)
     if isinstance(config.algorithm, PpoConfig):
         yield _count_learner(models.policy, config.learner, replace(batch, completion_tokens=0), "rl", devices)
 
@@ -233,7 +237,7 @@ def _list_beside(settings: Settings, models: Models, devices: Devices) -> Iterat
     algorithm = make_algorithm(config, settings.generation)
     if config.reference_on == "generator" and algorithm.needs_reference:
         batch = make_batch(tokens, 1, longest, settings.generation.max_new_tokens, config.prompts_per_update)
-        yield count_frozen_model(models.policy, batch, "fp32", config.learner.dtype, is_gpu=devices.is_gpu)
+        yield count_frozen_policy(models.policy, batch, config.learner.dtype, is_gpu=devices.is_gpu)
 
 
 def _sample_policy(settings: Settings, models: Models, devices: Devices) -> Iterator[Process]:
@@ -241,7 +245,7 @@ def _sample_policy(settings: Settings, models: Models, devices: Devices) -> Iter
     tokens, longest = settings.judge.micro_batch_tokens, settings.longest
     size = max(tokens, longest)
     batch = Batch(size, longest, size * settings.generation.max_new_tokens // longest)
-    parts = count_frozen_model(models.policy, batch, "fp32", settings.judge.dtype, is_gpu=devices.is_gpu)
+    parts = count_frozen_policy(models.policy, batch, settings.judge.dtype, is_gpu=devices.is_gpu)
     yield _make_process("sample_policy", "measuring", devices.name(devices.numbers[0]), [parts], phase=1)
 
 

@@ -129,7 +129,7 @@ def bradley_terry_loss(margins: Tensor) -> Tensor:
 
 def score_margins(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
     """Score of each chosen completion minus that of its rejected one. [B]"""
-    chosen, rejected = compute_scores(model, batch.input_ids, batch.attention_mask).chunk(2)
+    chosen, rejected = compute_scores(model, batch).chunk(2)
     return chosen - rejected
 
 
@@ -180,4 +180,4 @@ def _compute(
 
 
 def _score_batch(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
-    return compute_scores(model, batch.input_ids, batch.attention_mask)
+    return compute_scores(model, batch)

@@ -31,8 +31,7 @@ from stages.learner.engine import Learner, LossFunction, compute_type
 from stages.learner.epochs import LogMetrics
 from stages.learner.launch import open_ranks
 from stages.learner.ranks import Ranks
-from stages.learner.shared_prompts import shares_prompts
-from stages.learner.trainable import load_trained_policy
+from stages.learner.trainable import load_trained_policy, shares_prompts
 from stages.models.load import list_devices
 from stages.models.sharding import call_as_forward
 from stages.rl.algorithm_config import DpoConfig

@@ -61,6 +61,8 @@ class ScoringJob:
     """Of sampling; the reference's logits are divided by it."""
     missing_eos_score: float
     """Score of unfinished completions."""
+    share_prompts: bool = False
+    """Whether the reference reads a prompt once for all its completions."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from stages.data.batches import collate, split_by_tokens
 from stages.data.records import Completion
 from stages.data.text import TokenSequence
 from stages.generation.protocol import Group
-from stages.models.load import freeze, load_policy, move, select_device
+from stages.models.load import load_frozen, select_device
 from stages.rl.rollouts import Reference, build_rollout
 from stages.rl.scorer import score_completions
 from stages.rl.scoring import CORES_VARIABLE, KEY_HALF, KEY_VARIABLE, Failed, ScoredGroup, ScoringJob
@@ -36,8 +36,7 @@ class GroupScorer:
         self._scorer = None if job.reward is None else load_scorer(job.reward, job.dtype, job.micro_batch_tokens)
         self._reference: Reference | None = None
         if job.sft is not None:
-            model = move(load_policy(job.sft, torch.float32), select_device())
-            freeze(model)
+            model = load_frozen(job.sft, job.dtype)
             self._reference = Reference(model, job.dtype, job.temperature)
 
     def score(self, group: Group) -> ScoredGroup:
@@ -49,7 +48,7 @@ class GroupScorer:
         if self._reference is None:
             return ScoredGroup(tuple(scores), None)
         rows = self._select_rows(group, scores)
-        logprobs = compute_reference_logprobs(self._reference, group, rows, self._job.micro_batch_tokens)
+        logprobs = compute_reference_logprobs(self._reference, group, rows, self._job)
         return ScoredGroup(tuple(scores), logprobs)
 
     def _select_rows(self, group: Group, scores: Sequence[float]) -> list[int]:
@@ -60,13 +59,13 @@ class GroupScorer:
 
 
 def compute_reference_logprobs(
-    reference: Reference, completions: Sequence[Completion], rows: Sequence[int], max_tokens: int
+    reference: Reference, completions: Sequence[Completion], rows: Sequence[int], job: ScoringJob
 ) -> tuple[tuple[float, ...] | None, ...]:
     """The reference's log-probability of each token of the completions at `rows`, in nats; None for the others."""
     found: list[tuple[float, ...] | None] = [None] * len(completions)
     sequences = [TokenSequence(completions[row].prompt_ids, completions[row].token_ids) for row in rows]
-    for part in split_by_tokens([len(sequence) for sequence in sequences], max_tokens):
-        batch = collate([sequences[index] for index in part], select_device())
+    for part in split_by_tokens([len(sequence) for sequence in sequences], job.micro_batch_tokens):
+        batch = collate([sequences[index] for index in part], select_device(), share_prompts=job.share_prompts)
         logprobs = reference.compute(batch).tolist()  # [B, T]
         for index, values in zip(part, logprobs, strict=True):
             found[rows[index]] = tuple(values[: len(sequences[index].completion_ids)])

@@ -24,8 +24,7 @@ from stages.learner.checkpoint import find_checkpoint
 from stages.learner.engine import Learner
 from stages.learner.launch import open_ranks
 from stages.learner.ranks import Ranks
-from stages.learner.shared_prompts import shares_prompts
-from stages.learner.trainable import load_trained_policy, load_trained_reward
+from stages.learner.trainable import load_trained_policy, load_trained_reward, shares_prompts
 from stages.models.load import list_devices, load_tokenizer
 from stages.rl.algorithm_config import PpoConfig
 from stages.rl.algorithms import ALGORITHMS
@@ -311,6 +310,7 @@ def _scoring_starter(setting: _Setting, preparation: Preparation) -> StartScorin
         micro_batch_tokens=config.learner.micro_batch_tokens,
         temperature=setting.generation.temperature,
         missing_eos_score=preparation.missing_eos_score,
+        share_prompts=preparation.share_prompts,
     )
     is_gpu = torch.cuda.is_available()
     settings = ProcessSettings(

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from stages.common.errors import InputError
-from stages.data.batches import collate, split_by_tokens
+from stages.data.batches import SharedSize, collate, split_by_prompts, split_by_tokens
 from stages.data.records import Completion
 from stages.data.text import TokenSequence
 from stages.models.load import freeze, move, require_model_directory, select_device
-from stages.models.reward_model import RANGE, compute_scores, compute_shared_scores, load_reward_model
+from stages.models.reward_model import RANGE, compute_scores, load_reward_model
+from stages.models.shared_prompts import can_share_prompts
 
 
 def read_sft_range(path: Path) -> tuple[float, float]:
@@ -49,39 +49,32 @@ class RewardScorer:
         self._model = move(load_reward_model(path, weights), select_device())
         freeze(self._model)
         self._micro_batch_tokens = micro_batch_tokens
+        self._shares_prompts = can_share_prompts(self._model)
 
     @torch.no_grad()
     def score(self, completions: Sequence[Completion]) -> list[float]:
         """Shifted scores: 0 is the mean of SFT samples."""
-        if select_device().type == "cpu":
-            return self._score_by_prompt(completions)
-        sequences = [TokenSequence(item.prompt_ids, item.token_ids) for item in completions]
-        scores = [0.0] * len(sequences)
-        for group in split_by_tokens([len(sequence) for sequence in sequences], self._micro_batch_tokens):
-            batch = collate([sequences[index] for index in group], select_device())
-            values = compute_scores(self._model, batch.input_ids, batch.attention_mask)
-            for index, value in zip(group, values.tolist(), strict=True):
-                scores[index] = value
-        return scores
-
-    def _score_by_prompt(self, completions: Sequence[Completion]) -> list[float]:
-        """Prompt by prompt: on CPU small batches cost nothing, and reading a prompt once saves half the tokens."""
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for row, item in enumerate(completions):
-            rows.setdefault(item.prompt_ids, []).append(row)
         scores = [0.0] * len(completions)
-        for prompt_ids, members in rows.items():
-            longest = max(len(completions[row].token_ids) for row in members)
-            most = max(1, self._micro_batch_tokens // (len(prompt_ids) + longest))
-            for start in range(0, len(members), most):
-                part = members[start : start + most]
-                values = self._score_part(prompt_ids, [completions[row].token_ids for row in part])
-                for row, value in zip(part, values, strict=True):
-                    scores[row] = value
+        for rows in self._split(completions):
+            sequences = [TokenSequence(completions[row].prompt_ids, completions[row].token_ids) for row in rows]
+            batch = collate(sequences, select_device(), share_prompts=self._shares_prompts)
+            for row, value in zip(rows, compute_scores(self._model, batch).tolist(), strict=True):
+                scores[row] = value
         return scores
 
-    def _score_part(self, prompt_ids: tuple[int, ...], token_ids: list[tuple[int, ...]]) -> list[float]:
-        ids = pad_sequence([torch.tensor(row) for row in token_ids], batch_first=True)  # [B, T]
-        lengths = torch.tensor([len(row) for row in token_ids])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]  # [B, T]
-        return list(compute_shared_scores(self._model, torch.tensor(prompt_ids), ids, mask).tolist())
+    def _split(self, completions: Sequence[Completion]) -> list[list[int]]:
+        """Rows of each forward pass. A prompt that several have is read once: half the tokens of short completions."""
+        if not self._shares_prompts:
+            lengths = [len(item.prompt_ids) + len(item.token_ids) for item in completions]
+            return split_by_tokens(lengths, self._micro_batch_tokens)
+        numbers: dict[tuple[int, ...], int] = {}
+        sizes = [
+            SharedSize(
+                prompt=numbers.setdefault(item.prompt_ids, len(numbers)),
+                prompt_tokens=len(item.prompt_ids),
+                rows=1,
+                completion_tokens=len(item.token_ids),
+            )
+            for item in completions
+        ]
+        return split_by_prompts(sizes, self._micro_batch_tokens)

@@ -23,6 +23,7 @@ from stages.generation.protocol import (
     generate,
 )
 from stages.generation.start import GeneratorSettings, start_generator
+from stages.generation.transformers_generator import draw_tokens
 from stages.learner.logprobs import compute_logprobs
 from stages.models.load import load_policy
 from tests.tiny import save_tiny_model
@@ -65,6 +66,18 @@ def test_sampling_logprobs_are_the_learners_at_the_same_version(tmp_path: Path) 
     logprobs = compute_logprobs(load_policy(tmp_path / "first", torch.float32), batch, temperature=0.7)
     for item, row, mask in zip(completions, logprobs, batch.completion_mask, strict=True):
         torch.testing.assert_close(row[mask], torch.tensor(item.sampling_logprobs), atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    draws = [
+        torch.Generator().manual_seed(seed) for seed in range(10_000)
+    ]  # seeds of a prompt's samples follow each other
+
+    counts = draw_tokens(probabilities.expand(len(draws), -1), draws).bincount(minlength=6)
+
+    deviation = (len(draws) * probabilities * (1 - probabilities)).sqrt()
+    assert bool(((counts - len(draws) * probabilities).abs() <= 3 * deviation).all())
 
 
 def test_a_prompts_samples_depend_on_neither_its_neighbours_nor_global_state(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from stages.common.errors import SettingError
 from stages.data.batches import SequenceBatch, collate
 from stages.data.text import TokenSequence
 from stages.learner.config import LearnerConfig
+from stages.learner.engine import compute_type
 from stages.learner.logprobs import compute_logprobs
 from stages.learner.lora import list_adapted, merge
 from stages.learner.trainable import load_trained_policy
-from stages.models.load import load_policy, require_context, select_trainable
-from stages.models.reward_model import compute_scores, compute_shared_scores, init_reward_model
+from stages.models.load import load_frozen, load_policy, require_context, select_trainable
+from stages.models.reward_model import compute_scores, init_reward_model
 from tests.toy_models import CONTEXT, save_toy_model
 
 NAMES = ["EleutherAI/pythia-410m", "facebook/opt-1.3b", "openai-community/gpt2", "meta-llama/Llama-3.1-8B"]
@@ -52,13 +53,24 @@ def test_padded_logprobs_are_those_of_the_library_for_each_sequence_alone(model_
 
 def test_scores_with_a_shared_prompt_are_those_of_whole_sequences(model_path: Path) -> None:
     model = init_reward_model(model_path, torch.float32, seed=1)
-    prompt, completions = torch.tensor([5, 6, 7]), torch.tensor([[20, 21, 22], [30, 31, 0]])
-    mask = torch.tensor([[True, True, True], [True, True, False]])
+    sequences = [TokenSequence(SEQUENCES[0].prompt_ids, ids) for ids in ((20, 21, 22), (30, 31))]
+    sequences += SEQUENCES
 
-    shared = compute_shared_scores(model, prompt, completions, mask)
+    shared = compute_scores(model, collate(sequences, share_prompts=True))
 
-    whole = torch.cat([prompt.expand(2, 3), completions], dim=1), torch.cat([torch.ones(2, 3).bool(), mask], dim=1)
-    torch.testing.assert_close(shared, compute_scores(model, *whole))
+    torch.testing.assert_close(shared, compute_scores(model, collate(sequences)))
+
+
+def test_a_frozen_model_computes_to_the_last_bit_what_float32_weights_give_under_autocast(model_path: Path) -> None:
+    batch = collate(SEQUENCES)
+    full, frozen = load_policy(model_path, torch.float32), load_frozen(model_path, "bf16")
+
+    with torch.no_grad(), compute_type("bf16", "cpu"):
+        expected, found = (compute_logprobs(model, batch) for model in (full, frozen))
+
+    assert torch.equal(found, expected)
+    sizes = [parameter.element_size() for parameter in frozen.parameters() if parameter.ndim > 1]
+    assert sizes.count(2) > sizes.count(4) > 0
 
 
 @pytest.mark.parametrize(("name", "norm"), list(zip(NAMES, FINAL_NORMS, strict=True)))

@@ -33,10 +33,9 @@ def test_the_end_of_sequence_token_is_what_the_score_is_read_at(tmp_path: Path) 
 
     with torch.no_grad():
         batch = collate([finished, cut, longer])
-        together = compute_scores(model, batch.input_ids, batch.attention_mask)
+        together = compute_scores(model, batch)
         alone = [
-            compute_scores(model, single.input_ids, single.attention_mask)[0]
-            for single in (collate([finished]), collate([cut]), collate([longer]))
+            compute_scores(model, single)[0] for single in (collate([finished]), collate([cut]), collate([longer]))
         ]
 
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
@@ -54,7 +53,7 @@ def test_scores_are_centred_on_sft_samples_and_the_shift_is_saved_with_the_model
     loaded = load_reward_model(tmp_path / "reward", torch.float32)
     batch = collate([TokenSequence(item.prompt_ids, item.token_ids) for item in samples])
     with torch.no_grad():
-        scores = compute_scores(loaded, batch.input_ids, batch.attention_mask)
+        scores = compute_scores(loaded, batch)
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-5)
     assert getattr(loaded.config, RANGE) == pytest.approx([scores.min().item(), scores.max().item()], abs=1e-5)
 

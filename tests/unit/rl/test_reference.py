@@ -59,7 +59,7 @@ def test_only_algorithms_with_a_kl_keep_the_reference(
 def test_a_borrowed_reference_is_let_go_and_a_loaded_one_stays(tmp_path: Path) -> None:
     ranks = CountingRanks()
     policy = Reference(tiny_llama(), "fp32", 0.7)
-    source = ReferenceSource(ranks, save_tiny_model(tmp_path / "sft"), policy, LearnerConfig(lr=1.0))
+    source = ReferenceSource(ranks, save_tiny_model(tmp_path / "sft"), policy, LearnerConfig(lr=1.0, dtype="fp32"))
 
     with source.borrow(None) as reference:
         assert ranks.num_models == 1

@@ -24,7 +24,7 @@ def test_reading_each_prompt_once_changes_no_score(tmp_path: Path, micro_batch_t
     ]
     batch = collate([TokenSequence(item.prompt_ids, item.token_ids) for item in completions])
     with torch.no_grad():
-        expected = compute_scores(model.eval(), batch.input_ids, batch.attention_mask)
+        expected = compute_scores(model.eval(), batch)
 
     scores = RewardScorer(tmp_path / "reward", "fp32", micro_batch_tokens).score(completions)
 

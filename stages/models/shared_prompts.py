@@ -17,16 +17,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from stages.data.batches import SequenceBatch
-from stages.learner.config import LearnerConfig
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "opt")
 """Model types whose completions see a prompt through its keys and values alone."""
-
-
-def shares_prompts(config: LearnerConfig, *models: PreTrainedModel) -> bool:
-    """Whether the settings allow it and every model can do it."""
-    is_wanted = config.share_prompts == "auto" and not (config.compile or config.gradient_checkpointing)
-    return is_wanted and all(can_share_prompts(model) for model in models)
 
 
 def can_share_prompts(model: PreTrainedModel) -> bool:
@@ -41,12 +34,13 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
     return config.model_type in ARCHITECTURES and is_plain and not model.is_gradient_checkpointing
 
 
-def read_shared(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+def read_shared(model: PreTrainedModel, batch: SequenceBatch, *, with_last: bool = False) -> Tensor:
     """Hidden state before each completion token; what stands on padding means nothing. [B, T, H]
 
     Args:
         model: `can_share_prompts` of it.
         batch: collated with shared prompts.
+        with_last: and the state at the last token, which nothing follows. [B, T + 1, H]
     """
     assert batch.prompts is not None
     first, owner = batch.prompts.rows, batch.prompts.owner
@@ -58,10 +52,9 @@ def read_shared(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
         input_ids=batch.input_ids[first, :width], attention_mask=prompt_mask, past_key_values=cache, use_cache=True
     ).last_hidden_state  # [G, P, H]
     before = _hand_out(states[torch.arange(len(first), device=states.device), lengths - 1], owner)[:, None]  # [B, 1, H]
-    num_tokens = batch.completion_ids.shape[1]
-    # Nothing follows the last token. A single one is read all the same: ranks that share weights out must all make
-    # the same calls.
-    ids = batch.completion_ids[:, : max(1, num_tokens - 1)]
+    num_states = batch.completion_ids.shape[1] + with_last
+    # A single token is read all the same: ranks that share weights out must all make the same calls.
+    ids = batch.completion_ids[:, : max(1, num_states - 1)]
     _hand_out_cache(cache, owner)
     states = model.base_model(
         input_ids=ids,
@@ -69,8 +62,8 @@ def read_shared(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
         position_ids=batch.prompt_lengths[:, None] + _count(ids.shape[1], lengths),
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state  # [B, max(1, T - 1), H]
-    return torch.cat([before, states], dim=1)[:, :num_tokens]
+    ).last_hidden_state  # [B, max(1, T - 1), H] or [B, T, H]
+    return torch.cat([before, states], dim=1)[:, :num_states]
 
 
 def _count(length: int, like: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from stages.data.batches import collate
 from stages.data.text import TokenSequence
 from stages.learner.config import LearnerConfig
 from stages.learner.logprobs import compute_logprobs
-from stages.learner.shared_prompts import ARCHITECTURES, can_share_prompts, shares_prompts
+from stages.learner.trainable import shares_prompts
+from stages.models.shared_prompts import ARCHITECTURES, can_share_prompts
 from tests.tiny import tiny_llama
 
 SIZES = {
