@@ -16,6 +16,7 @@ token is another one, which it never samples.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,8 @@ PHASES = ("generate_s", "score_s", "reference_s", "learn_s", "publish_s", "wait_
 
 
 def main() -> None:
+    # As an exception it ends the arm at hand too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     arguments = parse()
     if arguments.table:
         print(make_tables(json.loads(arguments.table.read_text())["rounds"]))
