@@ -65,7 +65,8 @@ def compute_reference_logprobs(
     found: list[tuple[float, ...] | None] = [None] * len(completions)
     sequences = [TokenSequence(completions[row].prompt_ids, completions[row].token_ids) for row in rows]
     for part in split_by_tokens([len(sequence) for sequence in sequences], job.micro_batch_tokens):
-        batch = collate([sequences[index] for index in part], select_device(), share_prompts=job.share_prompts)
+        share_prompts = job.share_prompts and len(part) > 1
+        batch = collate([sequences[index] for index in part], select_device(), share_prompts=share_prompts)
         logprobs = reference.compute(batch).tolist()  # [B, T]
         for index, values in zip(part, logprobs, strict=True):
             found[rows[index]] = tuple(values[: len(sequences[index].completion_ids)])

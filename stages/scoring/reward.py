@@ -49,22 +49,24 @@ class RewardScorer:
         self._model = move(load_reward_model(path, weights), select_device())
         freeze(self._model)
         self._micro_batch_tokens = micro_batch_tokens
-        self._shares_prompts = can_share_prompts(self._model)
+        self._can_share_prompts = can_share_prompts(self._model)
 
     @torch.no_grad()
     def score(self, completions: Sequence[Completion]) -> list[float]:
         """Shifted scores: 0 is the mean of SFT samples."""
         scores = [0.0] * len(completions)
-        for rows in self._split(completions):
+        # A prompt that several have is read once: half the tokens of short completions. Else that is a pass too many.
+        shares = self._can_share_prompts and len({item.prompt_ids for item in completions}) < len(completions)
+        for rows in self._split(completions, share_prompts=shares):
             sequences = [TokenSequence(completions[row].prompt_ids, completions[row].token_ids) for row in rows]
-            batch = collate(sequences, select_device(), share_prompts=self._shares_prompts)
+            batch = collate(sequences, select_device(), share_prompts=shares)
             for row, value in zip(rows, compute_scores(self._model, batch).tolist(), strict=True):
                 scores[row] = value
         return scores
 
-    def _split(self, completions: Sequence[Completion]) -> list[list[int]]:
-        """Rows of each forward pass. A prompt that several have is read once: half the tokens of short completions."""
-        if not self._shares_prompts:
+    def _split(self, completions: Sequence[Completion], *, share_prompts: bool) -> list[list[int]]:
+        """Rows of each forward pass."""
+        if not share_prompts:
             lengths = [len(item.prompt_ids) + len(item.token_ids) for item in completions]
             return split_by_tokens(lengths, self._micro_batch_tokens)
         numbers: dict[tuple[int, ...], int] = {}
