@@ -1,9 +1,12 @@
 """All questions of an evaluation that no stored verdict answers, asked at once and each verdict kept as it comes."""
 
 import asyncio
+import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from stages.common.errors import RunError
 from stages.common.progress import progress
@@ -59,7 +62,38 @@ def buy_verdicts(
         SettingError: there is no key, or the endpoint refuses for good.
         RunError: the budget or the time is used up. Verdicts of calls in flight are kept first.
     """
-    return asyncio.run(_buy(questions, config, rubric, store, account))
+    return _run(_buy(questions, config, rubric, store, account))
+
+
+def _run(purchase: Coroutine[Any, Any, Purchase]) -> Purchase:
+    """`asyncio.run`, which SIGTERM ends as Ctrl-C does: an exit raised inside a task would be lost as its error."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        return asyncio.run(purchase)
+    is_asked_to_end = False
+
+    async def watch() -> Purchase:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def end(*_: object) -> None:
+            nonlocal is_asked_to_end
+            is_asked_to_end = True
+            task.cancel()
+            loop.call_soon_threadsafe(lambda: None)  # it may be waiting for the network
+
+        signal.signal(signal.SIGTERM, end)
+        return await purchase
+
+    try:
+        return asyncio.run(watch())
+    except asyncio.CancelledError:
+        if not is_asked_to_end:
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    signal.raise_signal(signal.SIGTERM)
+    raise asyncio.CancelledError  # the handler has returned, which the stages' own does not
 
 
 async def _buy(
