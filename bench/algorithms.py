@@ -45,7 +45,7 @@ def main() -> None:
     report["commit"] = git("rev-parse", arguments.code or report["commit"])
     base = Base(settings=dict(change.split("=", 1) for change in arguments.set))
     cells = list_cells(arguments.algorithms, arguments.modes, base)
-    run_queue(cells, report, arguments.out, arguments.workspace, arguments.hours)
+    run_queue(cells, report, arguments.out, arguments.workspace, arguments.hours, alone=True)
     every = list_cells(list(SETTINGS), list(MODES), base)
     with shared_report(report, arguments.out, arguments.workspace):
         report["unrun"] = [cell.key for cell in every if cell.key not in report["cells"]]

@@ -3,7 +3,7 @@
 The stages up to the reward model run once in a clone of the code at one commit, the base. A cell is a clone of the base
 with other settings of section `rl`, in which only RL and evaluation run; DVC takes the rest from the base's cache. What
 a cell found is written at once, and its clone is deleted. A cell that fails is written down with its last words too.
-Two queues of the same file and workspace share the cells; their seconds are then no measure of anything.
+Where no seconds count, several queues of the same file and workspace share the cells.
 """
 
 import csv
@@ -57,10 +57,13 @@ class CellError(Exception):
     """A pipeline that ended with an exit code; says its last line."""
 
 
-def run_queue(cells: list[Cell], report: dict[str, Any], out: Path, workspace: Path, hours: float) -> None:
+def run_queue(
+    cells: list[Cell], report: dict[str, Any], out: Path, workspace: Path, hours: float, *, alone: bool
+) -> None:
     """Run what is missing in `report`, in order; each result is written at once. No cell starts after `hours`.
 
-    Several processes may do so with the same report and workspace: each takes cells that no other has at hand.
+    Several processes may do so with the same report and workspace: each takes cells that no other has at hand. With
+    `alone`, where seconds count, no other may.
 
     Raises:
         CellError: a stage before RL failed.
@@ -69,6 +72,8 @@ def run_queue(cells: list[Cell], report: dict[str, Any], out: Path, workspace: P
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     deadline = time.monotonic() + 3600 * hours
     with ExitStack() as stack:
+        if not stack.enter_context(locked(workspace / "queues", waits=False, shared=not alone)):
+            raise SystemExit(f"{workspace}: another queue works in it, and seconds count; wait for it")
         lanes = (workspace.resolve() / f"lane-{number}" for number in count())
         lane = next(path for path in lanes if stack.enter_context(locked(path, waits=False)))
         for cell in cells:
@@ -104,12 +109,18 @@ def run_missing(cell: Cell, report: dict[str, Any], out: Path, lane: Path) -> No
 
 
 @contextmanager
-def locked(path: Path, *, waits: bool = True) -> Iterator[bool]:
-    """Whether this process has the lock while this is open. It goes with the process, however that ends."""
+def locked(path: Path, *, waits: bool = True, shared: bool = False) -> Iterator[bool]:
+    """Whether this process has the lock while this is open. It goes with the process, however that ends.
+
+    Args:
+        path: of the lock, without its ending.
+        waits: until it is free.
+        shared: with others that share it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:

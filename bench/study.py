@@ -7,8 +7,8 @@
 asynchronous and remax; study_grids.py lists their cells and settings. Everything up to the reward model runs once a
 policy size, in DIR/base-SIZE-COMMIT, which studies share; each cell is RL and evaluation. What is in the file is not
 run again, what failed twice is a result too, what is missing is listed as unrun. Stop it with Ctrl-C: only the cell at
-hand is lost. A second call beside the first takes other cells: where no seconds count, that is faster, as generator and
-learner wait for each other in most cells.
+hand is lost. A second call beside the first takes other cells, which is faster, as generator and learner wait for each
+other in most of them; not of asynchronous and remax, where seconds count.
 """
 
 import argparse
@@ -37,7 +37,8 @@ def main() -> None:
                 report["failed"] = {}
         report["commit"] = git("rev-parse", arguments.code or report["commit"])
         cells = [place(cell, report) for cell in study.cells if is_chosen(cell, arguments.only)]
-        run_queue(cells, report, arguments.out, arguments.workspace, arguments.hours)
+        seconds_count = study.figure == "curves"
+        run_queue(cells, report, arguments.out, arguments.workspace, arguments.hours, alone=seconds_count)
         with shared_report(report, arguments.out, arguments.workspace):
             report["unrun"] = list_unrun(study.cells, report)
     if arguments.figure:

@@ -86,7 +86,8 @@ def load_frozen(path: Path, dtype: Literal["bf16", "fp32"]) -> PreTrainedModel:
     """A causal language model that only computes, on this process's device: what autocast gives with float32 weights.
 
     With bf16 its linear layers are kept in bf16, to which autocast would round them in each forward pass anew: the same
-    results to the last bit, half the memory. Embeddings and norms stay float32, as is the stream that they give.
+    results to the last bit, and half the bytes of these layers. Embeddings and norms stay float32, as is the stream
+    that they give.
 
     Args:
         path: model directory.
