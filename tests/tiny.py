@@ -1,10 +1,19 @@
-"""A two-layer random Llama with a byte-level tokenizer: real code paths in milliseconds."""
+"""Random models of two layers, a Llama among them with a byte-level tokenizer: real code paths in milliseconds."""
 
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from stages.models.load import save_model
 
@@ -12,6 +21,33 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "ffn_dim": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "word_embed_proj_dim": 32,
+    "max_position_embeddings": 64,
+    "vocab_size": 50,
+}
+GPT2 = {"n_embd": 32, "n_head": 4, "n_positions": 64, "vocab_size": 50}
+
+
+def tiny_model(architecture: str, layers: int = 2, **settings: object) -> PreTrainedModel:
+    """A causal language model of 50 tokens, of any of the architectures that `can_share_prompts`."""
+    if architecture == "gpt2":
+        config = AutoConfig.for_model(architecture, **GPT2, n_layer=layers)
+    else:
+        config = AutoConfig.for_model(
+            architecture, **SIZES, **{"sliding_window": None} | settings, num_hidden_layers=layers
+        )
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return model
 
 
 def tiny_llama(seed: int = 0, vocab_size: int = 259, layers: int = 2, head_dim: int = 8) -> LlamaForCausalLM:

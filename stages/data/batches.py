@@ -24,6 +24,16 @@ class SharedPrompts:
 
 
 @dataclass(frozen=True)
+class TrunkStates:
+    """What the lower blocks of a model give for a batch. H hidden size"""
+
+    depth: int
+    """How many blocks."""
+    states: tuple[Tensor, ...]
+    """Of whole rows; or, with shared prompts, of the G prompts and then of the completions. [B, S, H]"""
+
+
+@dataclass(frozen=True)
 class SequenceBatch:
     """Prompts with their completions, padded on the right."""
 
@@ -39,6 +49,8 @@ class SequenceBatch:
     """[B]"""
     prompts: SharedPrompts | None = None
     """None: every row is read whole."""
+    trunk: TrunkStates | None = None
+    """None: forward passes begin with the tokens."""
 
     @property
     def num_computed_tokens(self) -> int:

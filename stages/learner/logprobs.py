@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from stages.common.errors import InputError
 from stages.data.batches import SequenceBatch
 from stages.learner.lora import adapters_off
+from stages.models.blocks import read_states
 from stages.models.sharding import call_as_forward, gathered, is_shared_out
 from stages.models.shared_prompts import read_shared
 
@@ -49,8 +50,9 @@ def select_predictors(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
     if batch.prompts is not None:
         return read_shared(model, batch)[batch.completion_mask]
     # A cache would be for later tokens, and GPT-2's is filled again where blocks are computed twice.
-    outputs = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    hidden = outputs.last_hidden_state
+    hidden = read_states(
+        model, batch.trunk, 0, input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    )
     rows, columns = torch.nonzero(batch.completion_mask, as_tuple=True)
     predictors: Tensor = hidden[rows, batch.prompt_lengths[rows] + columns - 1]
     return predictors

@@ -11,6 +11,7 @@ from stages.learner.config import LearnerConfig
 from stages.learner.engine import Learner
 from stages.learner.logprobs import require_plain_head
 from stages.learner.lora import add_adapters
+from stages.learner.trunk import count_trunk
 from stages.models.load import find_blocks, load_policy, move, save_model, select_trainable
 from stages.models.reward_model import init_reward_model, load_reward_model
 from stages.models.shared_prompts import can_share_prompts
@@ -54,6 +55,16 @@ def shares_prompts(config: LearnerConfig, *models: PreTrainedModel) -> bool:
     """Whether a prompt is read once for its completions: the settings allow it and every model can do it."""
     is_wanted = config.share_prompts == "auto" and not (config.compile or config.gradient_checkpointing)
     return is_wanted and all(can_share_prompts(model) for model in models)
+
+
+def count_shared_blocks(config: LearnerConfig, *models: PreTrainedModel) -> int:
+    """How many blocks need to be computed only once for a batch that all these models read; see trunk.py.
+
+    None where blocks are shared out, compiled, or computed again for gradients; nor with several ranks, among which
+    the states would have to travel.
+    """
+    is_plain = config.num_ranks == 1 and config.zero_stage < 3 and not (config.compile or config.gradient_checkpointing)
+    return count_trunk(*models) if is_plain else 0
 
 
 def save_trained(

@@ -225,7 +225,7 @@ def select_trainable(model: PreTrainedModel, layers: TrainableLayers, setting: s
     freeze(model)
     for block in blocks[len(blocks) - layers :]:
         block.requires_grad_(True)
-    for norm in _final_norms(model, blocks):
+    for norm in find_final_norms(model, blocks):
         norm.requires_grad_(True)
 
 
@@ -237,7 +237,7 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     raise InputError(f"{type(model).__name__}: found no list of {model.config.num_hidden_layers} transformer blocks")
 
 
-def _final_norms(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
+def find_final_norms(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
     """The norm after the last block; it stands beside the list of blocks, which OPT has a module deeper than others."""
     for module in model.modules():
         if not any(child is blocks for child in module.children()):

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from stages.data.batches import SequenceBatch
+from stages.models.blocks import read_states
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "opt")
 """Model types whose completions see a prompt through its keys and values alone."""
@@ -43,26 +44,32 @@ def read_shared(model: PreTrainedModel, batch: SequenceBatch, *, with_last: bool
         with_last: and the state at the last token, which nothing follows. [B, T + 1, H]
     """
     assert batch.prompts is not None
+    assert not (with_last and batch.trunk)
     first, owner = batch.prompts.rows, batch.prompts.owner
     lengths = batch.prompt_lengths[first]  # [G]
     width = int(lengths.max())
     prompt_mask = _count(width, lengths) < lengths[:, None]  # [G, P]
     cache = DynamicCache()
-    states = model.base_model(
-        input_ids=batch.input_ids[first, :width], attention_mask=prompt_mask, past_key_values=cache, use_cache=True
-    ).last_hidden_state  # [G, P, H]
+    states = read_states(
+        *(model, batch.trunk, 0),
+        input_ids=batch.input_ids[first, :width],
+        attention_mask=prompt_mask,
+        past_key_values=cache,
+        use_cache=True,
+    )  # [G, P, H]
     before = _hand_out(states[torch.arange(len(first), device=states.device), lengths - 1], owner)[:, None]  # [B, 1, H]
     num_states = batch.completion_ids.shape[1] + with_last
     # A single token is read all the same: ranks that share weights out must all make the same calls.
     ids = batch.completion_ids[:, : max(1, num_states - 1)]
-    _hand_out_cache(cache, owner)
-    states = model.base_model(
+    _hand_out_cache(cache, owner, width)
+    states = read_states(
+        *(model, batch.trunk, 1),
         input_ids=ids,
         attention_mask=torch.cat([prompt_mask[owner], batch.completion_mask[:, : ids.shape[1]]], dim=1),
         position_ids=batch.prompt_lengths[:, None] + _count(ids.shape[1], lengths),
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state  # [B, max(1, T - 1), H] or [B, T, H]
+    )  # [B, max(1, T - 1), H] or [B, T, H]
     return torch.cat([before, states], dim=1)[:, :num_states]
 
 
@@ -70,9 +77,13 @@ def _count(length: int, like: Tensor) -> Tensor:
     return torch.arange(length, device=like.device)
 
 
-def _hand_out_cache(cache: DynamicCache, owner: Tensor) -> None:
+def _hand_out_cache(cache: DynamicCache, owner: Tensor, num_tokens: int) -> None:
     for layer in cache.layers:
         assert isinstance(layer, DynamicLayer)
+        if not layer.is_initialized:  # of the trunk; masks are made for as many keys as the first layer has
+            nothing = owner.new_zeros(len(owner), 1, num_tokens, 1)
+            layer.update(nothing, nothing)
+            continue
         assert layer.keys is not None
         assert layer.values is not None
         layer.keys, layer.values = _hand_out(layer.keys, owner), _hand_out(layer.values, owner)

@@ -141,6 +141,7 @@ class Preparation:
             self.reference if self.algorithm.needs_reference else None,
             self.learner if self.algorithm.needs_proximal else None,
             self.value if self.algorithm.value_model else None,
+            self.reference or self.learner,
         )
         micro_batches = build_micro_batches(split, lookups, self.ranks, share_prompts=self.share_prompts)
         return complete_advantages(micro_batches, self.algorithm)

@@ -31,7 +31,7 @@ from stages.learner.engine import Learner, LossFunction, compute_type
 from stages.learner.epochs import LogMetrics
 from stages.learner.launch import open_ranks
 from stages.learner.ranks import Ranks
-from stages.learner.trainable import load_trained_policy, shares_prompts
+from stages.learner.trainable import count_shared_blocks, load_trained_policy, shares_prompts
 from stages.models.load import list_devices
 from stages.models.sharding import call_as_forward
 from stages.rl.algorithm_config import DpoConfig
@@ -192,7 +192,8 @@ def make_models(ranks: Ranks, inputs: OfflineInputs, config: RlConfig, workdir: 
     """Learner and reference, both at the SFT model's weights."""
     make_model = functools.partial(load_trained_policy, inputs.sft, config.learner, SETTING)
     learner = ranks.make_learner(make_model, config.learner, config.num_updates, workdir)
-    policy = Reference(learner.model, config.learner.dtype, inputs.temperature)
+    trunk_depth = count_shared_blocks(config.learner, learner.model)
+    policy = Reference(learner.model, config.learner.dtype, inputs.temperature, trunk_depth=trunk_depth)
     source = ReferenceSource(ranks, inputs.sft, policy, config.learner)
     return OfflineModels(ranks, learner, source.load())
 

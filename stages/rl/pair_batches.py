@@ -80,6 +80,7 @@ def build_pair_batches(
     """
     groups = split_by_tokens([2 * len(pair) for pair in pairs], max_tokens, ranks.size)
     batches = [_collate([pairs[index] for index in group], share_prompts) for group in groups]
+    batches = reference.read_trunks(batches)
     return [PairBatch(*item) for item in zip(batches, ranks.map(reference.compute, batches), strict=True)]
 
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stages.learner.config import LearnerConfig
@@ -44,10 +44,10 @@ class ReferenceSource:
     def load(self) -> Reference:
         """The reference for good, for algorithms that read it."""
         if self.with_adapters:
-            return Reference(self.policy.model, self.policy.dtype, self.policy.temperature, is_without_adapters=True)
+            return replace(self.policy, is_without_adapters=True)
         # Same weights, same types, same code path as the learner: KL is exactly 0 before the first update.
         model = self.ranks.make_frozen(functools.partial(load_frozen_policy, self.sft, self.config))
-        return Reference(model, self.policy.dtype, self.policy.temperature)
+        return replace(self.policy, model=model)
 
     @contextmanager
     def borrow(self, loaded: Reference | None) -> Iterator[Reference]:

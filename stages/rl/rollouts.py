@@ -21,6 +21,7 @@ from stages.learner.engine import compute_type
 from stages.learner.logprobs import compute_logprobs, compute_logprobs_and_kl
 from stages.learner.lora import adapters_off
 from stages.learner.ranks import ALONE, Ranks
+from stages.learner.trunk import read_trunks
 from stages.models.load import select_device
 from stages.models.sharding import call_as_forward
 from stages.rl.algorithms.protocol import Algorithm
@@ -45,6 +46,8 @@ class Reference:
     temperature: float
     is_without_adapters: bool = False
     """The model is the learner's, and what is meant is what it was before adapters were added."""
+    trunk_depth: int = 0
+    """Lower blocks that this model has in common with all that are trained, and with their reference."""
 
     @torch.no_grad()
     def compute(self, batch: SequenceBatch) -> Tensor:
@@ -52,6 +55,11 @@ class Reference:
         adapters = adapters_off(self.model) if self.is_without_adapters else nullcontext()
         with adapters, compute_type(self.dtype, next(self.model.parameters()).device.type):
             return call_as_forward(self.model, compute_logprobs, batch, self.temperature)
+
+    def read_trunks(self, batches: Sequence[SequenceBatch]) -> list[SequenceBatch]:
+        """The batches of an update with what their passes begin with; see stages/learner/trunk.py."""
+        with compute_type(self.dtype, next(self.model.parameters()).device.type):
+            return read_trunks(self.model, batches, self.trunk_depth)
 
 
 def build_rollout(groups: Sequence[Group], scores: Sequence[float]) -> Rollout:
@@ -92,6 +100,8 @@ class Lookups:
     proximal: Reference | None = None
     """The learner before it trains on the rows."""
     value: ValueModel | None = None
+    trunk: Reference | None = None
+    """Computes for each batch what they all, and the model under training, have in common."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,8 @@ def build_micro_batches(
         )
         for members in split
     ]
+    if lookups.trunk is not None:
+        batches = lookups.trunk.read_trunks(batches)
     reference = _look_up(split, batches, lambda item: item.reference_logprobs, lookups.reference, ranks)
     proximal = _look_up(split, batches, lambda item: item.proximal_logprobs, lookups.proximal, ranks)
     values = _look_up(split, batches, lambda item: item.values, lookups.value, ranks)

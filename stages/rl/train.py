@@ -24,7 +24,7 @@ from stages.learner.checkpoint import find_checkpoint
 from stages.learner.engine import Learner
 from stages.learner.launch import open_ranks
 from stages.learner.ranks import Ranks
-from stages.learner.trainable import load_trained_policy, load_trained_reward, shares_prompts
+from stages.learner.trainable import count_shared_blocks, load_trained_policy, load_trained_reward, shares_prompts
 from stages.models.load import list_devices, load_tokenizer
 from stages.rl.algorithm_config import PpoConfig
 from stages.rl.algorithms import ALGORITHMS
@@ -253,11 +253,14 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
     inputs, config, algorithm = setting.inputs, setting.config, setting.algorithm
     make_model = functools.partial(load_trained_policy, inputs.sft, config.learner, SETTING)
     learner = ranks.make_learner(make_model, config.learner, config.num_updates, setting.workdir)
-    policy = Reference(learner.model, config.learner.dtype, setting.generation.temperature)
+    value_learner = _make_value_learner(setting, ranks)
+    trained = [item.model for item in (learner, value_learner) if item]
+    trunk_depth = count_shared_blocks(config.learner, *trained)
+    logger.info("computed once for all models blocks=%d", trunk_depth)
+    policy = Reference(learner.model, config.learner.dtype, setting.generation.temperature, trunk_depth=trunk_depth)
     references = ReferenceSource(ranks, inputs.sft, policy, config.learner)
     is_replayed = config.replay_from is not None
     are_recorded = is_replayed or config.reference_on == "generator"
-    value_learner = _make_value_learner(setting, ranks)
     dtype, max_tokens = config.learner.dtype, config.learner.micro_batch_tokens
     is_local = config.score_on == "learner" and not is_replayed
     preparation = Preparation(
@@ -269,7 +272,7 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
         max_tokens=max_tokens,
         value=None if value_learner is None else ValueModel(value_learner.model, dtype),
         ranks=ranks,
-        share_prompts=shares_prompts(config.learner, *(item.model for item in (learner, value_learner) if item)),
+        share_prompts=shares_prompts(config.learner, *trained),
     )
     return Training(
         learner=learner,

@@ -63,5 +63,6 @@ def estimate_kl(
     sequences = [TokenSequence(item.prompt_ids, item.token_ids) for item in completions]
     groups = split_by_tokens([len(sequence) for sequence in sequences], max_tokens, ranks.size)
     batches = [collate([sequences[index] for index in group], select_device()) for group in groups]
+    batches = reference.read_trunks(batches)
     pairs = zip(ranks.map(policy.compute, batches), ranks.map(reference.compute, batches), strict=True)
     return sum(float((logprobs - other).sum()) for logprobs, other in pairs) / len(sequences)

@@ -22,8 +22,8 @@ from stages.generation.requests import make_requests
 from stages.generation.start import ignore_span
 from stages.generation.transformers_generator import TransformersGenerator
 from stages.learner.engine import Learner
-from stages.learner.weights import collect_weights
-from stages.models.load import load_policy, load_tokenizer
+from stages.learner.weights import collect_trained, collect_weights
+from stages.models.load import TrainableLayers, load_policy, load_tokenizer, select_trainable
 from stages.rl.algorithms.online_dpo import OnlineDpo
 from stages.rl.config import RlConfig
 from stages.rl.ledger.checks.run import check_ledger
@@ -41,8 +41,10 @@ PPO = {
     "max_staleness": 4,
     "updates_per_rollout": 1,
     "epochs_per_rollout": 2,
+    "learner": tiny_rl.SETTINGS["learner"] | {"trainable_layers": 1},
 }
-"""Its ledger holds proximal log-probabilities and values, its checkpoint a second model with an optimizer."""
+"""Its ledger holds proximal log-probabilities and values, its checkpoint a second model with an optimizer, and
+policy, reference and value model begin with the same frozen layer."""
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +71,17 @@ def read_kept(directory: Path) -> list[int]:
     return versions
 
 
-def train_synchronously(directory: Path) -> dict[str, torch.Tensor]:
-    """The plainest loop there is: sample, score, learn, publish; no queue, no admission, no ledger."""
+def train_synchronously(directory: Path, layers: TrainableLayers) -> dict[str, torch.Tensor]:
+    """The plainest loop there is: sample, score, learn, publish; no queue, no admission, no ledger, no trunk."""
     config, generation = RlConfig.model_validate(tiny_rl.SETTINGS), tiny_rl.GENERATION
     paths = tiny_rl.make_inputs(directory)
     tokenizer = load_tokenizer(paths.sft)
     prompts, _ = make_requests(tiny_rl.read_prompt_list(directory), tokenizer, generation, config.seed)
     stream = PromptStream(prompts, config.seed)
     algorithm = OnlineDpo(samples_per_prompt=3, beta=0.1, loss="sigmoid")
-    learner = Learner(load_policy(paths.sft, torch.float32), config.learner, config.num_updates, directory)
+    model = load_policy(paths.sft, torch.float32)
+    select_trainable(model, layers, "rl.learner.trainable_layers")
+    learner = Learner(model, config.learner, config.num_updates, directory)
     reference = Reference(load_policy(paths.sft, torch.float32), "fp32", generation.temperature)
     scorer = RewardScorer(paths.reward, "fp32", config.learner.micro_batch_tokens)
     missing_eos = resolve_missing_eos_score("lowest", read_sft_range(paths.reward))
@@ -95,17 +99,21 @@ def train_synchronously(directory: Path) -> dict[str, torch.Tensor]:
         learner.update(build_micro_batches(split, Lookups(reference), share_prompts=True), loss)
         target = directory / f"sync-{update}"
         shutil.copytree(paths.sft, target)
-        save_file(collect_weights(learner.model), target / "model.safetensors", metadata={"format": "pt"})
+        weights = load_file(paths.sft / "model.safetensors") | collect_trained(learner.model)
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
         generator.publish(WeightsUpdate(update + 1, target))
     generator.close()
-    return load_file(target / "model.safetensors")
+    return collect_weights(learner.model)
 
 
-def test_synchronous_settings_give_the_weights_of_a_plain_synchronous_loop(inputs: Path, tmp_path: Path) -> None:
-    plain = train_synchronously(copy_inputs(inputs, tmp_path / "plain"))
+@pytest.mark.parametrize("layers", ["all", 1])
+def test_synchronous_settings_give_the_weights_of_a_plain_synchronous_loop(
+    inputs: Path, tmp_path: Path, layers: TrainableLayers
+) -> None:
+    plain = train_synchronously(copy_inputs(inputs, tmp_path / "plain"), layers)
     directory = copy_inputs(inputs, tmp_path / "async")
 
-    tiny_rl.run(directory, max_staleness=0)
+    tiny_rl.run(directory, max_staleness=0, learner=tiny_rl.SETTINGS["learner"] | {"trainable_layers": layers})
 
     trained = load_file(directory / "out/policy_last/model.safetensors")
     assert plain.keys() == trained.keys()

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stages.data.batches import collate
 from stages.data.text import TokenSequence
@@ -8,34 +8,13 @@ from stages.learner.config import LearnerConfig
 from stages.learner.logprobs import compute_logprobs
 from stages.learner.trainable import shares_prompts
 from stages.models.shared_prompts import ARCHITECTURES, can_share_prompts
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_model
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "ffn_dim": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "word_embed_proj_dim": 32,
-    "max_position_embeddings": 64,
-    "vocab_size": 50,
-}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 50}
 PROMPTS = ((3, 4, 5, 6, 7), (8, 9), (10, 11, 12))
 SEQUENCES = [
     TokenSequence(PROMPTS[prompt], completion)
     for prompt, completion in [(0, (1, 2, 3)), (1, (4,)), (0, (5, 6, 7, 8)), (2, (9, 10)), (1, (11, 12, 13))]
 ]
-
-
-def make_model(architecture: str, **settings: object) -> PreTrainedModel:
-    sizes = GPT2 if architecture == "gpt2" else {**SIZES, "sliding_window": None} | settings
-    config = AutoConfig.for_model(architecture, **sizes)
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    return model.double()
 
 
 def compute(model: PreTrainedModel, *, share_prompts: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -49,7 +28,7 @@ def compute(model: PreTrainedModel, *, share_prompts: bool) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_shared_prompts_change_neither_logprobs_nor_gradients(architecture: str) -> None:
-    model = make_model(architecture)
+    model = tiny_model(architecture).double()
     assert can_share_prompts(model)
 
     whole, whole_gradients = compute(model, share_prompts=False)
@@ -78,8 +57,8 @@ def test_completions_of_one_token_need_the_prompt_alone() -> None:
 
 
 def test_models_that_look_back_a_limited_distance_are_left_alone() -> None:
-    assert not can_share_prompts(make_model("mistral", sliding_window=8))
-    assert not can_share_prompts(make_model("qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=0))
+    assert not can_share_prompts(tiny_model("mistral", sliding_window=8))
+    assert not can_share_prompts(tiny_model("qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=0))
 
 
 def test_gradient_checkpointing_keeps_no_keys_to_share() -> None:

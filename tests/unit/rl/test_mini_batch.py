@@ -61,6 +61,7 @@ def prepare(preparation: Preparation, sampled: list[Sampled]) -> MiniBatch:
 
 
 DPO = OnlineDpo(samples_per_prompt=3, beta=0.1, loss="sigmoid")
+WITH_PROXIMAL = WithProximal(samples_per_prompt=3, beta=0.1, loss="sigmoid")
 
 
 def test_every_sample_has_a_row_and_only_the_chosen_ones_a_place() -> None:
@@ -81,7 +82,7 @@ def test_every_sample_has_a_row_and_only_the_chosen_ones_a_place() -> None:
 
 def test_proximal_logprobs_are_the_learners_where_they_are_asked_for() -> None:
     sampled = [make_sampled(4), make_sampled(5)]
-    preparation = make_preparation(WithProximal(samples_per_prompt=3, beta=0.1, loss="sigmoid"))
+    preparation = make_preparation(WITH_PROXIMAL)
 
     asked, unasked = prepare(preparation, sampled), prepare(make_preparation(DPO), sampled)
 
@@ -92,6 +93,22 @@ def test_proximal_logprobs_are_the_learners_where_they_are_asked_for() -> None:
     assert [len(row.proximal_logprobs or ()) for row in asked.rows] == [1, 3, 0, 0, 0, 0]
     assert unasked.micro_batches[0].inputs.proximal_logprobs is None
     assert {row.proximal_logprobs for row in unasked.rows} == {None}
+
+
+def test_what_all_models_have_in_common_is_computed_once_and_goes_with_the_batch() -> None:
+    model = tiny_llama(0)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight += 0.1
+    plain = replace(make_preparation(WITH_PROXIMAL), learner=Reference(model, "fp32", 1.0))
+    shared = replace(plain, reference=Reference(tiny_llama(0), "fp32", 1.0, trunk_depth=1))
+
+    (expected,) = prepare(plain, [make_sampled(4), make_sampled(5)]).micro_batches
+    (micro_batch,) = prepare(shared, [make_sampled(4), make_sampled(5)]).micro_batches
+
+    assert expected.sequences.trunk is None
+    assert micro_batch.sequences.trunk is not None
+    for name in ("reference_logprobs", "proximal_logprobs"):
+        torch.testing.assert_close(getattr(micro_batch.inputs, name), getattr(expected.inputs, name), rtol=0, atol=0)
 
 
 def test_reference_logprobs_that_came_with_the_samples_are_used_as_they_are() -> None:
@@ -115,7 +132,7 @@ def test_equal_scores_everywhere_give_no_mini_batch() -> None:
     assert make_preparation(DPO).prepare([make_sampled(4), make_sampled(5)], [2.0] * 6, (0, 0, 0)) is None
 
 
-@pytest.mark.parametrize("algorithm", [DPO, WithProximal(samples_per_prompt=3, beta=0.1, loss="sigmoid")])
+@pytest.mark.parametrize("algorithm", [DPO, WITH_PROXIMAL])
 def test_a_mini_batch_comes_back_from_the_ledger_bit_for_bit(tmp_path: Path, algorithm: OnlineDpo) -> None:
     sampled = [make_sampled(4), make_sampled(5)]
     preparation = make_preparation(algorithm)
