@@ -116,6 +116,12 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
             needs_inputs=True,
         ),
         Script(
+            "trunk.py",
+            ("--model", sft, "--reward", reward, "--algorithms", "ppo", "--rounds", "2", "--completions", "8"),
+            (Figure("processor time saved by a common trunk, PPO", lambda r: r["algorithms"]["ppo"]["saved"]),),
+            needs_inputs=True,
+        ),
+        Script(
             "judge_throughput.py",
             ("--matches", "100", "--concurrency", "8", "--workspace", str(workspace)),
             (Figure("judge, ideal time / time", lambda r: 1 / r["arms"][0]["wall_over_ideal"]),),

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class Cell:
     labels: dict[str, Any]
     settings: dict[str, Any]
     base: Base = Base()
+    stages: tuple[str, ...] = ()
+    """That run, and those they need; all of them by default. Without evaluation the row has no verdict."""
 
 
 class CellError(Exception):
@@ -170,34 +173,53 @@ def run_cell(cell: Cell, base: Path, clone: Path) -> dict[str, Any]:
     subprocess.run(["cp", "-al", str(base / ".dvc/cache"), str(clone / ".dvc/cache")], check=True)
     edit_params(clone, cell.settings)
     with PeakMemory(clone) as memory:
-        ran = run_pipeline(clone, ())
+        ran = run_pipeline(clone, cell.stages)
     if set(ran) & set(UPSTREAM):
         raise SystemExit(f"{cell.key}: ran {ran}; only RL and evaluation should have")
-    result = read_result(clone) | {"learner_peak_gib": memory.peak_gib}
+    judged = {} if cell.stages else read_judged(clone)
+    result = judged | read_trained(clone) | {"learner_peak_gib": memory.peak_gib}
     shutil.rmtree(clone)
     return result
 
 
-def read_result(clone: Path) -> dict[str, Any]:
-    """What the stages of a finished run wrote."""
-    judge, policy = (json.loads((clone / f"metrics/{name}.json").read_text()) for name in ("judge", "policy"))
-    timings = json.loads((clone / ".slipstream/timings.json").read_text())
-    judged = (
+def read_judged(clone: Path) -> dict[str, Any]:
+    """What the evaluation of a finished run wrote."""
+    judge = json.loads((clone / "metrics/judge.json").read_text())
+    names = (
         *("proxy_mean_sft", "proxy_mean_policy", "gold_win_rate", "gold_win_rate_interval", "kl_nats"),
         *("length_ratio", "distinct_2_ratio", "num_prompts"),
     )
-    trained = (
+    return {name: judge.get(name) for name in names}
+
+
+def read_trained(clone: Path) -> dict[str, Any]:
+    """What the training of a finished run wrote."""
+    policy = json.loads((clone / "metrics/policy.json").read_text())
+    timings = json.loads((clone / ".slipstream/timings.json").read_text())
+    names = (
         *("best_policy_version", "updates", "samples_total", "score_first", "score_last", "kl_nats_last"),
         *("staleness_mean", "staleness_max", "wall_s", "learn_s", "learner_busy_s", "wait_for_rollouts_s"),
         *("generator_busy_s", "evaluate_s", "swap_s", "publish_s"),
     )
+    seconds = read_seconds(clone / "plots/policy.csv")
     return {
-        **{name: judge.get(name) for name in judged},
-        **{name: policy.get(name) for name in trained},
+        **{name: policy.get(name) for name in names},
         "learn_s_per_update": policy["learn_s"] / policy["updates"],
         "wall_s_per_update": policy["wall_s"] / policy["updates"],
+        **{f"{name}_of_an_update": statistics.median(values) for name, values in seconds.items() if values},
         "train_policy_s": timings["train_policy"],
         "curve": read_curve(clone / "plots/policy.csv"),
+    }
+
+
+def read_seconds(path: Path) -> dict[str, list[float]]:
+    """Seconds of each update but the first, which warms up, and those after which there was an evaluation."""
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("time/learn_s")]
+    pairs = [(before, row) for before, row in pairwise(rows) if row["time/evaluate_s"] == before["time/evaluate_s"]]
+    return {
+        name: [float(row[f"time/{name}"]) - float(before[f"time/{name}"]) for before, row in pairs]
+        for name in ("learn_s", "elapsed_s")
     }
 
 

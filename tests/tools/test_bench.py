@@ -188,6 +188,22 @@ def test_the_bytes_of_a_tiny_model_are_those_of_its_types(tmp_path: Path) -> Non
     assert report["computed_7b"]["paper"] == 0.4607  # (147.02 + 2 * 12.55) / (2 * 147.02 + 2 * 12.55) = 0.5393
 
 
+def test_what_a_common_trunk_saves_is_measured_in_turns(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+
+    run(
+        "trunk.py",
+        *("--model", str(inputs.sft), "--reward", str(inputs.reward), "--out", str(tmp_path / "out.json")),
+        *("--algorithms", "ppo", "remax", "--trainable-layers", "1", "--rounds", "2", "--completions", "2"),
+        *("--prompt-tokens", "6", "--completion-tokens", "5"),
+    )
+
+    algorithms = json.loads((tmp_path / "out.json").read_text())["algorithms"]
+    assert list(algorithms) == ["ppo", "remax"]
+    assert [(found["blocks"], len(found["rounds"])) for found in algorithms.values()] == [(1, 2), (1, 2)]
+    assert all(found["saved"] < 1 for found in algorithms.values())
+
+
 def test_the_speed_of_the_judge_is_measured_with_an_empty_and_a_full_store(tmp_path: Path) -> None:
     run(
         "judge_throughput.py",
