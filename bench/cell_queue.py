@@ -53,7 +53,7 @@ class Cell:
     settings: dict[str, Any]
     base: Base = Base()
     stages: tuple[str, ...] = ()
-    """That run, and those they need; all of them by default. Without evaluation the row has no verdict."""
+    """That run after those before RL; all of them by default. With any named, the row has no verdict."""
 
 
 class CellError(Exception):
@@ -173,7 +173,8 @@ def run_cell(cell: Cell, base: Path, clone: Path) -> dict[str, Any]:
     subprocess.run(["cp", "-al", str(base / ".dvc/cache"), str(clone / ".dvc/cache")], check=True)
     edit_params(clone, cell.settings)
     with PeakMemory(clone) as memory:
-        ran = run_pipeline(clone, cell.stages)
+        # A stage that is named restores nothing of those before it.
+        ran = run_pipeline(clone, (*UPSTREAM, *cell.stages) if cell.stages else ())
     if set(ran) & set(UPSTREAM):
         raise SystemExit(f"{cell.key}: ran {ran}; only RL and evaluation should have")
     judged = {} if cell.stages else read_judged(clone)

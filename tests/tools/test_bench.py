@@ -118,6 +118,19 @@ def test_the_queue_of_algorithms_runs_a_cell_on_what_the_base_made_and_leaves_an
 
 
 @pytest.mark.timeout(300)
+def test_updates_of_an_algorithm_are_timed_in_a_short_run_without_evaluation(queue: Path, tmp_path: Path) -> None:
+    out = tmp_path / "seconds.json"
+
+    table = run("algorithms.py", *queue_arguments(queue), "--seconds", "--modes", "sync", "--out", str(out)).stdout
+
+    (cell,) = json.loads(out.read_text())["cells"].values()
+    assert cell["updates"] == 6
+    assert "gold_win_rate" not in cell
+    assert 0 < cell["learn_s_of_an_update"] < cell["elapsed_s_of_an_update"]
+    assert "| grpo | sync | 1 |" in table
+
+
+@pytest.mark.timeout(300)
 def test_a_study_runs_its_cells_keeps_failures_and_draws_them(queue: Path, tmp_path: Path) -> None:
     out, commit = tmp_path / "out.json", json.loads((queue / "out.json").read_text())["commit"]
     (tmp_path / f"base-small-{commit[:8]}").symlink_to(queue / "clones/base")
