@@ -14,6 +14,7 @@ from stages.judge.config import JudgeConfig
 from stages.judge.gate import GateConfig
 from stages.models.config import ModelConfig
 from stages.reward.config import PairsConfig, RewardConfig
+from stages.rl.algorithm_config import check_greedy_max_tokens
 from stages.rl.config import RlConfig
 from stages.sft.config import SftConfig
 
@@ -84,6 +85,10 @@ def _check_combinations(path: Path) -> list[str]:
             f"rl.num_eval_prompts={rl.num_eval_prompts} exceeds "
             f"data.num_validation_prompts={data.num_validation_prompts}"
         )
+    try:
+        check_greedy_max_tokens(rl.algorithm, generation.max_new_tokens)
+    except SettingError as error:
+        problems.append(str(error))
     reward = load_section("reward", RewardConfig, path)
     if isinstance(data.task.scorers()[0], RuleScorer) and reward.classifier is not None:
         problems.append("reward.classifier: the task has a rule, which RL trains on; set it to null")

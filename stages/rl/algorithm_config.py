@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from stages.common.config import Section
+from stages.common.errors import SettingError
 
 
 class CorrectionConfig(Section):
@@ -15,6 +16,16 @@ class CorrectionConfig(Section):
     clipped objectives, which then clip the ratio to the learner's own older weights and multiply in a weight."""
     max_weight: float = Field(default=2.0, ge=1, le=1e6)
     """A larger ratio is cut to this; 1 only ever takes weight away."""
+
+    @model_validator(mode="after")
+    def check_max_weight(self) -> Self:
+        """A bound of weights that there are not would do nothing."""
+        if self.kind == "none" and self.max_weight != type(self).model_fields["max_weight"].default:
+            raise ValueError(
+                f"rl.algorithm.correction.max_weight={self.max_weight} does nothing with correction.kind='none'; set a "
+                "kind, or leave max_weight out"
+            )
+        return self
 
 
 class ClippedCorrectionConfig(CorrectionConfig):
@@ -232,7 +243,7 @@ class ReinforcePpConfig(ClippedConfig):
 
 
 class PpoConfig(ClippedConfig):
-    """PPO (arXiv:1707.06347) with a value model that starts from the reward model."""
+    """PPO (arXiv:1707.06347) with a value model that starts from the reward model, or SFT where none was trained."""
 
     name: Literal["ppo"]
     samples_per_prompt: PositiveInt = 1
@@ -302,3 +313,17 @@ AlgorithmConfig = Annotated[
     | DpoConfig,
     Field(discriminator="name"),
 ]
+
+
+def check_greedy_max_tokens(config: AlgorithmConfig, max_new_tokens: int) -> None:
+    """The greedy completion is cut before samples are, or not at all.
+
+    Raises:
+        SettingError: the setting cuts nothing.
+    """
+    greedy_max_tokens = getattr(config, "greedy_max_tokens", None)
+    if greedy_max_tokens is not None and greedy_max_tokens >= max_new_tokens:
+        raise SettingError(
+            f"rl.algorithm.greedy_max_tokens={greedy_max_tokens} cuts nothing: allowed: below "
+            f"generation.max_new_tokens={max_new_tokens}, or null"
+        )

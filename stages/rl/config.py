@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from stages.common.config import Section
 from stages.generation.config import FleetConfig, Publish
 from stages.learner.config import LearnerConfig
-from stages.rl.algorithm_config import AlgorithmConfig, DpoConfig
+from stages.rl.algorithm_config import AlgorithmConfig, DpoConfig, PolicyGradientConfig
 from stages.rl.staleness import StalenessRule
 
 
@@ -99,6 +99,28 @@ class RlConfig(Section):
             )
         if self.num_updates % self.rule.cycle:
             raise ValueError(f"rl.num_updates={self.num_updates} is not a multiple of {shape}")
+        return self
+
+    @model_validator(mode="after")
+    def check_baseline(self) -> Self:
+        """A mini-batch of one prompt has no other prompts."""
+        if getattr(self.algorithm, "baseline", None) == "other_prompts" and self.prompts_per_update < 2:
+            raise ValueError(
+                "rl.algorithm.baseline='other_prompts' with rl.prompts_per_update=1 is no baseline; allowed: at least "
+                "2 prompts, or baseline 'none'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_reference(self) -> Self:
+        """The other process sends log-probabilities of the sampled tokens, not whole distributions."""
+        if not isinstance(self.algorithm, PolicyGradientConfig) or self.reference_on == "learner":
+            return self
+        if self.algorithm.kl_loss_coef > 0 and self.algorithm.kl_loss_estimator == "exact":
+            raise ValueError(
+                "rl.reference_on='generator' with rl.algorithm.kl_loss_estimator='exact': the learner needs the SFT "
+                "model's whole distributions; set rl.reference_on to 'learner', or the estimator to 'k2' or 'k3'"
+            )
         return self
 
     @model_validator(mode="after")

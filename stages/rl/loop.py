@@ -139,7 +139,7 @@ class Loop:
             sampling.discard(sampled, version, "no_signal")
         raise RunError(
             f"{MAX_EMPTY_BATCHES} mini-batches in a row gave nothing to learn from: the reward model does not tell the "
-            "policy's completions apart, or (ReMax) no greedy completion has a score"
+            "policy's completions apart, or (ReMax) no greedy completion has a finite score"
         )
 
     def _check_gap(self, metrics: dict[str, Mean]) -> None:

@@ -6,15 +6,15 @@ from itertools import groupby
 
 from torch import Tensor
 
-from stages.common.errors import RunError
+from stages.common.errors import InputError, RunError
 from stages.common.metrics import Mean
 from stages.data.records import Completion
 from stages.generation.protocol import Group, Ticket
 from stages.learner.ranks import ALONE, Ranks
 from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.ledger.reader import LedgerReader, RecordedUpdate
-from stages.rl.ledger.schema import TrainedRow
-from stages.rl.records import Totals
+from stages.rl.ledger.schema import GroupKey, TrainedRow
+from stages.rl.records import Totals, Unit
 from stages.rl.rollouts import (
     Budget,
     Lookups,
@@ -176,7 +176,11 @@ def describe_staleness(values: Sequence[int]) -> dict[str, Mean]:
 
 
 def rebuild_mini_batch(recorded: RecordedUpdate, ledger: LedgerReader, preparation: Preparation) -> MiniBatch:
-    """The mini-batch of a recorded update, bit for bit."""
+    """The mini-batch of a recorded update, bit for bit.
+
+    Raises:
+        InputError: the algorithm chooses or weights other completions than the recorded one did.
+    """
     groups = ledger.groups(recorded.keys)
     completions = {(key, item.sample_index, item.is_greedy): item for key, group in groups.items() for item in group}
     chosen = sorted(
@@ -189,10 +193,34 @@ def rebuild_mini_batch(recorded: RecordedUpdate, ledger: LedgerReader, preparati
     # Scores of each group in the order of its completions; a sample in two units has two rows.
     unique = {(row.key, row.sample_index, row.is_greedy): row for row in recorded.rows}
     scores = [unique[key].score for key in completions]
-    rollout = build_rollout(list(groups.values()), scores)
+    units, metrics = preparation.algorithm.select(build_rollout(list(groups.values()), scores))
+    _require_same_units(recorded, units, list(completions))
     micro_batches, shaping = preparation.build(split)
-    metrics = preparation.algorithm.select(rollout)[1] | shaping | describe_rollout(list(groups.values()), scores)
+    metrics |= shaping | describe_rollout(list(groups.values()), scores)
     return MiniBatch(micro_batches, recorded.num_units, list(recorded.rows), metrics)
+
+
+def _require_same_units(
+    recorded: RecordedUpdate, units: Sequence[Unit], keys: Sequence[tuple[GroupKey, int, bool]]
+) -> None:
+    """What a loss means by a unit's place and its advantage is its own algorithm's.
+
+    Args:
+        recorded: the update.
+        units: what this run's algorithm makes of the same scores.
+        keys: of the update's completions, in the order of the units' rows.
+    """
+    found = {(row.unit, row.key, row.sample_index, row.is_greedy, row.advantage) for row in recorded.rows}
+    wanted = {
+        (number, *keys[row], advantage)
+        for number, unit in enumerate(units)
+        for row, advantage in zip(unit.rows, unit.advantages or (None,) * len(unit.rows), strict=True)
+    }
+    if {member for member in found if member[0] is not None} != wanted:
+        raise InputError(
+            f"rl.replay_from: update {recorded.update} was recorded with another rl.algorithm, or other settings of "
+            "it: it chose other completions or weighted them in another way; set them as they were"
+        )
 
 
 def _recorded_member(row: TrainedRow, completion: Completion) -> Member:

@@ -1,9 +1,10 @@
 """Scores of completions as the algorithms see them: the reward model's, with the missing-EOS rule."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
-from stages.common.errors import SettingError
+from stages.common.errors import RunError, SettingError
 from stages.data.records import Completion
 from stages.scoring.protocol import Scorer
 
@@ -30,14 +31,24 @@ def score_completions(
 ) -> list[float]:
     """The scorer's score of finished completions, `missing_eos_score` of the others.
 
-    Greedy completions that were cut on purpose, at `greedy_max_tokens`, are scored as they are.
+    Greedy completions that were cut on purpose, at `greedy_max_tokens`, are scored as they are. One without a finite
+    score keeps it: it is a baseline, and the algorithm that asked for it does without.
+
+    Raises:
+        RunError: a sampled completion has no finite score.
     """
 
     def is_cut(completion: Completion) -> bool:
         return completion.is_greedy and len(completion.token_ids) == greedy_max_tokens
 
-    scores = scorer.score(completions)
-    return [
+    scores = [
         score if completion.is_finished or is_cut(completion) else missing_eos_score
-        for completion, score in zip(completions, scores, strict=True)
+        for completion, score in zip(completions, scorer.score(completions), strict=True)
     ]
+    for completion, score in zip(completions, scores, strict=True):
+        if not (math.isfinite(score) or completion.is_greedy):
+            raise RunError(
+                f"prompt {completion.prompt_id!r}, sample {completion.sample_index}: the reward model's score is "
+                f"{score}; allowed: a finite number"
+            )
+    return scores

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from stages.common.errors import InputError, SettingError
+from stages.common.errors import InputError
 from stages.common.guard import parse_cores
 from stages.common.hashing import hash_paths, hash_text
 from stages.common.watched import warn_unless_watched
@@ -26,7 +26,7 @@ from stages.learner.launch import open_ranks
 from stages.learner.ranks import Ranks
 from stages.learner.trainable import count_shared_blocks, load_trained_policy, load_trained_reward, shares_prompts
 from stages.models.load import list_devices, load_tokenizer
-from stages.rl.algorithm_config import PpoConfig
+from stages.rl.algorithm_config import PpoConfig, check_greedy_max_tokens
 from stages.rl.algorithms import ALGORITHMS
 from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.config import RlConfig
@@ -162,12 +162,7 @@ def make_algorithm(config: RlConfig, generation: GenerationConfig) -> Algorithm:
     Raises:
         SettingError: they do not go together with how completions are sampled.
     """
-    greedy_max_tokens = getattr(config.algorithm, "greedy_max_tokens", None)
-    if greedy_max_tokens is not None and greedy_max_tokens >= generation.max_new_tokens:
-        raise SettingError(
-            f"rl.algorithm.greedy_max_tokens={greedy_max_tokens} cuts nothing: allowed: below "
-            f"generation.max_new_tokens={generation.max_new_tokens}, or null"
-        )
+    check_greedy_max_tokens(config.algorithm, generation.max_new_tokens)
     settings = config.algorithm.model_dump(exclude={"name", "value_lr"})
     return ALGORITHMS[config.algorithm.name](**settings)
 
@@ -189,6 +184,7 @@ def make_header(setting: "_Setting") -> LedgerHeader:
         num_prompts=len(setting.prompts.train),
         prompts_hash=hash_text(prompts),
         model_hash=hash_paths((str(setting.inputs.sft),))[str(setting.inputs.sft)],
+        temperature=setting.generation.temperature,
     )
 
 

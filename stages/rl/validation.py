@@ -43,7 +43,7 @@ class Evaluation:
 
 def is_better(candidate: Evaluation, best: Evaluation | None, max_kl_nats: float) -> bool:
     """Higher proxy score within the KL limit. Version 0 has KL 0, so there always is a best one."""
-    if candidate.kl_nats > max_kl_nats:
+    if not candidate.kl_nats <= max_kl_nats:  # nor if it is not a number
         return False
     return best is None or candidate.score > best.score
 

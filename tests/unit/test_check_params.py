@@ -19,6 +19,10 @@ def write_params(folder: Path, section: str, key: str, value: Any) -> None:
     ("section", "key", "value", "message"),
     [
         ("rl", "num_eval_prompts", 81, "rl.num_eval_prompts=81 exceeds data.num_validation_prompts=80"),
+        (
+            *("rl", "algorithm", {"name": "remax", "greedy_max_tokens": 48}),
+            "rl.algorithm.greedy_max_tokens=48 cuts nothing: allowed: below generation.max_new_tokens=48, or null",
+        ),
         ("generation", "max_new_tokens", 49, "reward.max_tokens=136 is below generation.max_prompt_tokens"),
     ],
 )

@@ -49,7 +49,8 @@ class Normaliser(TypedDict):
 
 
 LARGEST_LOG_RATIO = 20.0
-"""In nats; a ratio of 5e8 is far outside of any clip range, and far from overflow."""
+"""In nats; a ratio of 5e8 is far outside of any clip range, and far from overflow. Above it nothing has a gradient,
+whatever the advantage's sign, and is counted as clipped."""
 
 SUM = Normaliser(by="constant", tokens=1.0)
 """Sum over tokens, mean over completions: the policy gradient's own."""
@@ -174,7 +175,7 @@ def compute_clipped_terms(
     if level == "sequence":
         log_ratios = log_ratios.sum(dim=1, keepdim=True).expand_as(logprobs)
     # exp must not overflow: 0 times infinity in the backward pass is NaN.
-    log_ratios = log_ratios.clamp(max=LARGEST_LOG_RATIO)
+    is_cut, log_ratios = log_ratios > LARGEST_LOG_RATIO, log_ratios.clamp(max=LARGEST_LOG_RATIO)
     ratios, fixed = log_ratios.exp(), advantages.detach()
     clipped = ratios.clamp(1 - clip["low"], 1 + clip["high"])
     terms = torch.maximum(-fixed * ratios, -fixed * clipped)
@@ -187,7 +188,7 @@ def compute_clipped_terms(
         terms = terms * weights
     if level == "sequence":
         terms = terms / mask.sum(dim=1, keepdim=True)
-    is_clipped = torch.where(mask, -fixed * clipped > -fixed * ratios, False)
+    is_clipped = torch.where(mask, (-fixed * clipped > -fixed * ratios) | is_cut, False)
     num_tokens = mask.sum()
     return torch.where(mask, terms, 0.0), metrics | {
         "learner/ratio": Mean(torch.where(mask, ratios.detach(), 0.0).sum(), num_tokens),

@@ -6,7 +6,8 @@ RLHF's Ouyang et al. 2022, arXiv:2203.02155 and Huang et al. 2024, arXiv:2403.17
 
     δ_t = reward_t + γ V_{t+1} − V_t        A_t = δ_t + γ λ A_{t+1}        return_t = A_t + V_t
 
-Advantages are whitened over the mini-batch; the value model, which starts from the reward model, learns
+Advantages are whitened over the mini-batch; the value model, which starts from the reward model, or from the SFT model
+where none was trained, learns
 ½ max((V − return)², (clip(V, V_old ± value_clip) − return)²), a mean over tokens.
 Departures: the value model is a model of its own with its own optimizer. An unfinished completion's score is the
 missing-EOS one and ends it like any other.

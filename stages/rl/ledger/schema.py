@@ -8,7 +8,7 @@ import pyarrow
 
 from stages.common.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
 
 Table = Literal["samples", "updates", "events"]
 TABLES: tuple[Table, ...] = ("samples", "updates", "events")
@@ -48,6 +48,8 @@ class LedgerHeader:
     prompts_hash: str
     model_hash: str
     """Of the weights of version 0."""
+    temperature: float
+    """Of sampling; the recorded log-probabilities are of logits that were divided by it."""
     format: int = FORMAT
 
     @property

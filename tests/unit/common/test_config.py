@@ -95,6 +95,11 @@ def test_the_projects_own_params_are_valid_and_every_section_has_a_class() -> No
         ("grpo", {"kl_coef": 0.1}, "rl.algorithm.kl_coef=0.1: "),
         ("grpo", {"normaliser": {"by": "per_token", "tokens": 48}}, "normaliser.tokens=48"),
         ("ppo", {"correction": {"kind": "token_tis"}}, "allowed here: 'none', 'decoupled'"),
+        (
+            "ppo",
+            {"correction": {"max_weight": 5}},
+            "correction.max_weight=5.0 does nothing with correction.kind='none'",
+        ),
         ("proximal_rloo", {"normaliser": {"by": "per_token"}}, "leave normaliser out"),
         ("reinforce_pp", {"samples_per_prompt": 1, "baseline": "group_mean"}, "leaves no reward"),
     ],

@@ -117,3 +117,25 @@ def test_a_wrong_setting_of_dpo_is_named(tmp_path: Path, algorithm: dict[str, An
         load_edited(tmp_path, algorithm=algorithm)
 
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"algorithm": {"name": "reinforce"}, "prompts_per_update": 1},
+            "rl.algorithm.baseline='other_prompts' with rl.prompts_per_update=1 is no baseline",
+        ),
+        (
+            {"algorithm": {"name": "grpo", "kl_loss_estimator": "exact"}, "reference_on": "generator"},
+            "rl.reference_on='generator' with rl.algorithm.kl_loss_estimator='exact'",
+        ),
+    ],
+)
+def test_what_an_algorithm_cannot_have_of_the_rest_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError) as caught:
+        load_edited(tmp_path, **changes)
+
+    assert message in str(caught.value)

@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.common.errors import RunError
+from stages.common.errors import InputError, RunError
 from stages.data.records import Completion
 from stages.generation.protocol import Request, SamplingPlan, Ticket
 from stages.rl.algorithms.online_dpo import OnlineDpo
-from stages.rl.ledger.reader import read_ledger
+from stages.rl.algorithms.protocol import Algorithm
+from stages.rl.ledger.reader import LedgerReader, RecordedUpdate, read_ledger
 from stages.rl.ledger.schema import LedgerHeader
 from stages.rl.ledger.writer import Ledger
 from stages.rl.mini_batch import MiniBatch, Preparation, Sampled, rebuild_mini_batch
@@ -16,6 +17,7 @@ from stages.rl.rollouts import Reference
 from stages.rl.scoring import ScoredGroup
 from tests.fakes import FakeScorer, make_completion
 from tests.tiny import tiny_llama
+from tests.unit.rl.algorithms.cases import make
 
 SCORES = [0.0, 3.0, 1.0, 5.0, 5.0, 5.0]
 """Of two prompts with three samples each; the second has nothing to learn from."""
@@ -43,7 +45,7 @@ def make_sampled(number: int) -> Sampled:
     return Sampled(Ticket(number, Request(f"p{number}", (1, 2), 0), SamplingPlan(3)), group)
 
 
-def make_preparation(algorithm: OnlineDpo) -> Preparation:
+def make_preparation(algorithm: Algorithm) -> Preparation:
     return Preparation(
         algorithm=algorithm,
         scorer=FakeScorer(SCORES),
@@ -62,6 +64,9 @@ def prepare(preparation: Preparation, sampled: list[Sampled]) -> MiniBatch:
 
 DPO = OnlineDpo(samples_per_prompt=3, beta=0.1, loss="sigmoid")
 WITH_PROXIMAL = WithProximal(samples_per_prompt=3, beta=0.1, loss="sigmoid")
+RLOO = make("rloo", samples_per_prompt=3)
+GRPO = make("grpo", samples_per_prompt=3)
+UNSCALED = make("grpo", samples_per_prompt=3, scale="none")
 
 
 def test_every_sample_has_a_row_and_only_the_chosen_ones_a_place() -> None:
@@ -132,20 +137,35 @@ def test_equal_scores_everywhere_give_no_mini_batch() -> None:
     assert make_preparation(DPO).prepare([make_sampled(4), make_sampled(5)], [2.0] * 6, (0, 0, 0)) is None
 
 
-@pytest.mark.parametrize("algorithm", [DPO, WITH_PROXIMAL])
-def test_a_mini_batch_comes_back_from_the_ledger_bit_for_bit(tmp_path: Path, algorithm: OnlineDpo) -> None:
-    sampled = [make_sampled(4), make_sampled(5)]
-    preparation = make_preparation(algorithm)
-    mini_batch = prepare(preparation, sampled)
-    header = LedgerHeader(1, 2, 1, 2, 4, 3, False, "drain", 0, 10, "prompts", "model")
-    ledger = Ledger.open(tmp_path, header)
+def record(path: Path, sampled: list[Sampled], mini_batch: MiniBatch) -> tuple[RecordedUpdate, LedgerReader]:
+    """A ledger of one update."""
+    ledger = Ledger.open(path, LedgerHeader(1, 2, 1, 2, 4, 3, False, "drain", 0, 10, "prompts", "model", 1.0))
     for item in sampled:
         ledger.add_group(item.ticket.number, 0, item.group, "generator-0")
     ledger.add_update(mini_batch.rows)
     ledger.flush()
-
-    reader = read_ledger(tmp_path)
+    reader = read_ledger(path)
     (recorded,) = reader.updates()
+    return recorded, reader
+
+
+@pytest.mark.parametrize(("recorded_by", "replayed_by"), [(RLOO, DPO), (DPO, RLOO), (RLOO, GRPO), (GRPO, UNSCALED)])
+def test_another_algorithm_cannot_be_trained_on_what_a_recorded_one_chose(
+    tmp_path: Path, recorded_by: Algorithm, replayed_by: Algorithm
+) -> None:
+    sampled = [make_sampled(4), make_sampled(5)]
+    recorded, reader = record(tmp_path, sampled, prepare(make_preparation(recorded_by), sampled))
+
+    with pytest.raises(InputError, match=r"rl\.replay_from: update 3 was recorded with another rl\.algorithm"):
+        rebuild_mini_batch(recorded, reader, make_preparation(replayed_by))
+
+
+@pytest.mark.parametrize("algorithm", [DPO, WITH_PROXIMAL, RLOO, GRPO])
+def test_a_mini_batch_comes_back_from_the_ledger_bit_for_bit(tmp_path: Path, algorithm: Algorithm) -> None:
+    sampled = [make_sampled(4), make_sampled(5)]
+    preparation = make_preparation(algorithm)
+    mini_batch = prepare(preparation, sampled)
+    recorded, reader = record(tmp_path, sampled, mini_batch)
     # With other models behind it: everything must come from the ledger.
     elsewhere = replace(preparation, reference=preparation.learner, learner=preparation.reference)
     again = rebuild_mini_batch(recorded, reader, elsewhere)

@@ -28,6 +28,7 @@ HEADER = LedgerHeader(
     num_prompts=4,
     prompts_hash="p",
     model_hash="m",
+    temperature=1.0,
 )
 
 

@@ -1,8 +1,9 @@
+import math
 from dataclasses import replace
 
 import pytest
 
-from stages.common.errors import SettingError
+from stages.common.errors import RunError, SettingError
 from stages.rl.scorer import resolve_missing_eos_score, score_completions
 from tests.fakes import FakeScorer, make_completion
 
@@ -31,3 +32,17 @@ def test_a_greedy_completion_that_was_cut_on_purpose_keeps_its_score() -> None:
     scores = score_completions(FakeScorer([1.0, 2.0, 3.0]), [cut, sampled, shorter], -9.0, greedy_max_tokens=3)
 
     assert scores == [1.0, -9.0, -9.0]
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_a_sample_without_a_finite_score_ends_the_run_and_is_named(score: float) -> None:
+    completions = [make_completion("a", finished=True), make_completion("b", finished=True)]
+
+    with pytest.raises(RunError, match=rf"prompt '.*', sample \d: the reward model's score is {score}; allowed: a fin"):
+        score_completions(FakeScorer([1.0, score]), completions, -2.0)
+
+
+def test_a_greedy_completion_may_be_without_a_score() -> None:
+    greedy = replace(make_completion("x", finished=True), is_greedy=True)
+
+    assert math.isnan(score_completions(FakeScorer([math.nan]), [greedy], -2.0)[0])

@@ -10,3 +10,4 @@ def test_the_best_checkpoint_has_the_highest_score_within_the_kl_limit() -> None
     assert is_better(evaluation(1.1, 7.9), evaluation(1.0, 1.0), max_kl_nats=8.0)
     assert not is_better(evaluation(0.9, 1.0), evaluation(1.0, 7.9), max_kl_nats=8.0)
     assert not is_better(evaluation(9.0, 8.1), evaluation(1.0, 1.0), max_kl_nats=8.0)
+    assert not is_better(evaluation(9.0, float("nan")), evaluation(1.0, 1.0), max_kl_nats=8.0)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from stages.rl.algorithms.policy_gradient import (
     compute_plain_terms,
     normalise,
 )
-from stages.rl.records import LossInputs, Totals
+from stages.rl.records import LossInputs, Predictions, Rollout, Totals
+from tests.unit.rl.algorithms.cases import make
 
 MASK = torch.tensor([[True, True], [True, False]])
 CLIP = Clip(low=0.2, high=0.3)
@@ -105,6 +107,91 @@ def test_the_decoupled_objective_clips_one_ratio_and_weights_by_the_other() -> N
     torch.testing.assert_close(terms, torch.tensor([[-2.2, -3.3], [-0.55, 0.0]]))
     assert metrics["learner/ratio"].value == pytest.approx(1.1)
     assert metrics["learner/importance_weight"].value == pytest.approx((2 + 3 + 0.5) / 3)
+
+
+def test_the_decoupled_objective_of_sequences_weights_by_the_ratio_of_whole_completions() -> None:
+    proximal = torch.log(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+    sampling = torch.log(torch.tensor([[0.25, 0.1], [1.0, 1.0]]))  # proximal / sampling = 2 * 5 -> 3, 0.5
+    logprobs = proximal + math.log(1.1)
+
+    terms, _ = compute_clipped_terms(
+        logprobs,
+        torch.ones(2, 2),
+        make_inputs(sampling, proximal),
+        clip=CLIP,
+        level="sequence",
+        correction={"kind": "decoupled", "max_weight": 3.0},
+    )
+
+    torch.testing.assert_close(terms.sum(dim=1), torch.tensor([-1.21 * 3, -1.1 * 0.5]))
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_that_would_overflow_has_no_gradient_and_is_counted(advantage: float) -> None:
+    logprobs = torch.full((2, 2), 200.0, requires_grad=True)
+
+    terms, metrics = compute_clipped_terms(
+        logprobs,
+        torch.full((2, 2), advantage),
+        make_inputs(torch.zeros(2, 2)),
+        clip=CLIP,
+        level="token",
+        correction={"kind": "none", "max_weight": 2.0},
+    )
+    terms.sum().backward()
+
+    assert terms.isfinite().all()
+    torch.testing.assert_close(logprobs.grad, torch.zeros(2, 2))
+    assert metrics["learner/clipped_fraction"].value == 1.0
+
+
+# k1 is log 2, 0 and −log 2. GRPO takes the mean over a completion's tokens: weights 1/4, 1/4 and 1/2.
+@pytest.mark.parametrize(
+    ("estimator", "values", "slopes"),
+    [
+        ("k2", (math.log(2) ** 2 / 2, 0.0, math.log(2) ** 2 / 2), (math.log(2), 0.0, -math.log(2))),
+        ("k3", (math.log(2) - 0.5, 0.0, 1 - math.log(2)), (0.5, 0.0, -1.0)),
+        ("exact", (3.0, 5.0, 7.0), (1.0, 1.0, 1.0)),
+    ],
+)
+def test_the_kl_of_the_loss_matches_hand_computation(
+    estimator: str, values: tuple[float, ...], slopes: tuple[float, ...]
+) -> None:
+    algorithm = make("grpo", kl_loss_coef=0.8, kl_loss_estimator=estimator)
+    logprobs = torch.log(torch.tensor([[0.5, 0.25], [0.5, 0.9]])).requires_grad_()
+    exact_kl = torch.tensor([[3.0, 5.0], [7.0, 99.0]], requires_grad=True)
+    reference = torch.log(torch.tensor([[0.25, 0.25], [1.0, 0.1]]))
+    inputs = replace(make_inputs(torch.full((2, 2), -0.3)), reference_logprobs=reference)  # advantages are 0
+
+    loss, _ = algorithm.compute_loss(Predictions(logprobs, exact_kl), inputs, TOTALS)
+    loss.backward()
+
+    first, second, third = values
+    assert loss.item() == pytest.approx(0.8 * (first / 4 + second / 4 + third / 2))
+    source = exact_kl if estimator == "exact" else logprobs
+    expected = 0.8 * torch.tensor([[slopes[0] / 4, slopes[1] / 4], [slopes[2] / 2, 0.0]])
+    torch.testing.assert_close(source.grad, expected)
+
+
+def test_the_estimator_of_the_kl_in_the_reward_is_the_one_that_is_set() -> None:
+    sampling = torch.log(torch.tensor([[0.5, 0.25], [0.5, 0.9]]))
+    reference = torch.log(torch.tensor([[0.25, 0.25], [1.0, 0.1]]))
+    inputs = replace(make_inputs(sampling), groups=torch.zeros(2, dtype=torch.long), reference_logprobs=reference)
+
+    charged, _ = make("rloo", samples_per_prompt=2, kl_coef=0.5, kl_estimator="k3").compute_advantages(inputs)
+
+    # KL of the completions: log 2 − 0.5 and 1 − log 2; each is charged half of its own above the other's.
+    difference = 0.5 * (2 * math.log(2) - 1.5)
+    torch.testing.assert_close(charged.advantages, torch.tensor([[-difference, -difference], [difference, 0.0]]))
+
+
+def test_the_group_mean_is_taken_from_the_scores_of_its_own_prompt() -> None:
+    no = torch.zeros(4, dtype=torch.bool)
+    rollout = Rollout(torch.tensor([1.0, 3.0, 10.0, 14.0]), ~no, no, torch.tensor([0, 0, 1, 1]))
+
+    units, _ = make("reinforce_pp", samples_per_prompt=2, baseline="group_mean").select(rollout)
+
+    assert [unit.advantages for unit in units] == [(-1.0,), (1.0,), (-2.0,), (2.0,)]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ UNBIASED: list[tuple[str, dict[str, Any]]] = [
 
 
 def untruncated(kind: str) -> dict[str, Any]:
-    return {"correction": {"kind": kind, "max_weight": NO_BOUND}}
+    return {"correction": {"kind": kind} if kind == "none" else {"kind": kind, "max_weight": NO_BOUND}}
 
 
 @pytest.mark.parametrize("kind", ["none", "token_tis", "sequence_tis"])

@@ -24,6 +24,7 @@ HEADER = LedgerHeader(
     num_prompts=5,
     prompts_hash="abc",
     model_hash="def",
+    temperature=1.0,
 )
 
 MINI_BATCHES: dict[tuple[int, int], tuple[GroupKey, GroupKey]] = {

@@ -66,7 +66,7 @@ def test_nothing_can_be_read_or_replayed_from_an_offline_run_s_ledger(tmp_path: 
 
 
 def test_an_offline_ledger_with_other_keys_is_an_input_error(tmp_path: Path) -> None:
-    (tmp_path / "ledger.json").write_text('{"format": 2, "offline": true, "algorithm": "dpo"}')
+    (tmp_path / "ledger.json").write_text('{"format": 3, "offline": true, "algorithm": "dpo"}')
 
     with pytest.raises(InputError, match=r"ledger\.json: keys are missing or unknown: model_hash, num_pairs"):
         main(["check", str(tmp_path)])

@@ -250,7 +250,7 @@ def break_header(path: Path) -> None:
 
 
 def use_another_format(path: Path) -> None:
-    (path / "ledger.json").write_text((path / "ledger.json").read_text().replace('"format": 2', '"format": 3'))
+    (path / "ledger.json").write_text((path / "ledger.json").read_text().replace('"format": 3', '"format": 2'))
 
 
 def lose_a_key(path: Path) -> None:
@@ -270,7 +270,7 @@ def swap_tables(path: Path) -> None:
     ("damage", "message"),
     [
         (break_header, "ledger.json: "),
-        (use_another_format, "format is 3, only 2 can be read"),
+        (use_another_format, "format is 2, only 3 can be read"),
         (lose_a_key, "keys are missing or unknown: sead, seed"),
         (cut_a_segment, "samples-000000.parquet: not a readable segment of a ledger: "),
         (swap_tables, "updates-000000.parquet: columns are ticket, attempt, "),
