@@ -19,7 +19,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cell_queue import Base, Cell, run_queue, shared_report
+from cell_queue import Base, Cell, run_queue
 from default_run import describe_machine, git
 
 MODES: dict[str, dict[str, Any]] = {"async 1": {"max_staleness": 1}, "sync": {"max_staleness": 0}}
@@ -53,10 +53,8 @@ def main() -> None:
     base = Base(settings=dict(change.split("=", 1) for change in arguments.set))
     list_all = list_timed if arguments.seconds else list_cells
     cells = list_all(arguments.algorithms, arguments.modes, base)
+    report["unrun"] = [cell.key for cell in list_all(list(SETTINGS), list(MODES), base)]
     run_queue(cells, report, arguments.out, arguments.workspace, arguments.hours, alone=arguments.seconds)
-    every = list_all(list(SETTINGS), list(MODES), base)
-    with shared_report(report, arguments.out, arguments.workspace):
-        report["unrun"] = [cell.key for cell in every if cell.key not in report["cells"]]
     print(show(report["cells"]))
     print("\nunrun: " + ("; ".join(cell.key for cell in cells if cell.key not in report["cells"]) or "none"))
 

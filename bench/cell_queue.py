@@ -139,6 +139,8 @@ def shared_report(report: dict[str, Any], out: Path, workspace: Path) -> Iterato
             found = json.loads(out.read_text())
             report.update({name: found.get(name, {}) for name in ("cells", "failed")})
         yield
+        spent = {key for key, failure in report["failed"].items() if failure["attempts"] >= MAX_ATTEMPTS}
+        report["unrun"] = [key for key in report["unrun"] if key not in report["cells"] and key not in spent]
         write_report(report, out)
 
 

@@ -38,9 +38,8 @@ def main() -> None:
         report["commit"] = git("rev-parse", arguments.code or report["commit"])
         cells = [place(cell, report) for cell in study.cells if is_chosen(cell, arguments.only)]
         seconds_count = study.figure == "curves"
+        report["unrun"] = list_unrun(study.cells, report)
         run_queue(cells, report, arguments.out, arguments.workspace, arguments.hours, alone=seconds_count)
-        with shared_report(report, arguments.out, arguments.workspace):
-            report["unrun"] = list_unrun(study.cells, report)
     if arguments.figure:
         draw(study, report, arguments.out.with_suffix(".png"))
     else:

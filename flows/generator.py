@@ -47,6 +47,8 @@ class GeneratorOrder(Parameters):
     has_remote: bool
     owner: str
     """Id of the flow run that trains; this one ends when that has ended."""
+    attempt: int
+    """Which of the owner's runs: one that is retried starts generators of its own."""
 
 
 @flow(name="generator", persist_result=False)
@@ -64,7 +66,7 @@ def generator(order: GeneratorOrder) -> None:
                 f"vLLM serves {order.key} at {url}", key=f"generator-{order.slot}", description=description
             )
             get_run_logger().info("serving at %s", url)
-            _serve(server, order.owner)
+            _serve(server, order)
 
 
 def _fetch_model(workspace: Workspace, *, has_remote: bool) -> None:
@@ -91,7 +93,7 @@ def _wait_until_healthy(url: str, server: GuardedProcess) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
-def _serve(server: GuardedProcess, owner: str) -> None:
+def _serve(server: GuardedProcess, order: GeneratorOrder) -> None:
     """Return when the learner has ended.
 
     Raises:
@@ -101,18 +103,18 @@ def _serve(server: GuardedProcess, owner: str) -> None:
     while server.poll() is None:
         time.sleep(LOOK_EVERY_S)
         if time.monotonic() >= next_look:
-            if _has_ended(owner):
+            if _has_ended(order):
                 return
             next_look = time.monotonic() + OWNER_EVERY_S
     raise RunError(f"vLLM ended by itself: {server.tail(5)}")
 
 
-def _has_ended(owner: str) -> bool:
+def _has_ended(order: GeneratorOrder) -> bool:
     from uuid import UUID
 
     try:
-        state = read_run(UUID(owner)).state
+        owner = read_run(UUID(order.owner))
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
         logger.warning("Prefect's server does not answer, serving on: %s", error)
         return False
-    return state is not None and state.is_final()
+    return owner.run_count > order.attempt or (owner.state is not None and owner.state.is_final())

@@ -166,6 +166,7 @@ class Keeper:
             revision=self._order.revision,
             has_remote=self._order.has_remote,
             owner=owner,
+            attempt=flow_run.run_count,
         )
         # A server of an attempt before this one has other weights and another owner: each is started anew.
         key = f"{owner}-{flow_run.run_count}-generator-{number}-{after or 'first'}"

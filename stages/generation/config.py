@@ -1,11 +1,15 @@
 """Section `generation` of params.yaml: what samples completions, for every stage that needs them."""
 
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from stages.common.config import Section
 from stages.generation.engine_args import refuse_reserved
+
+FILE = "file:"
+"""`file:PATH#INDEX` in place of a URL: look it up there, whenever the server is not known to work."""
 
 Publish = Literal["files", "nccl", "ipc"]
 """How new weights get to the servers: see `rl.publish`."""
@@ -62,6 +66,19 @@ class GenerationConfig(Section):
         return self
 
 
+def _require_url(url: str) -> None:
+    """What a server is looked for at without end must at least be able to be one."""
+    if url.startswith(FILE):
+        return
+    parts = urlsplit(url)
+    try:
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"rl.generator.urls: {url!r} is no URL; allowed: such as http://10.0.0.7:8000")
+
+
 class FleetConfig(Section):
     """The servers that sample, and how they are watched."""
 
@@ -86,7 +103,8 @@ again whenever the server is lost, so that another may take its place: see remot
     max_restarts: PositiveInt = 3
     """Times in a row a server may be lost without having sampled anything in between."""
     max_attempts: PositiveInt = 4
-    """Times a prompt may get an unusable answer before the run gives up; a lost server does not count."""
+    """Times a prompt may get an unusable answer, or none in time, before the run gives up; a lost server does not
+    count."""
 
     @model_validator(mode="after")
     def check_servers(self) -> Self:
@@ -98,6 +116,8 @@ again whenever the server is lost, so that another may take its place: see remot
                 f"rl.generator.devices has {len(self.devices)} entries, one is needed for each of "
                 f"rl.generator.replicas={self.replicas}"
             )
+        for url in self.urls:
+            _require_url(url)
         if self.urls and self.weights_dir is None:
             raise ValueError(
                 "rl.generator.urls: set rl.generator.weights_dir to a directory that those servers see too"

@@ -341,6 +341,7 @@ class Fleet:
         except TimeoutError as error:
             self._lose(ticket, "timeout", f"{replica.name}: {error}")
             replica.give_up(str(error))
+            self._count_failure(ticket, f"{replica.name}: {error}")
         except httpx.HTTPError as error:
             self._lose(ticket, "replica_lost", f"{replica.name}: {type(error).__name__} {error}")
             replica.give_up(f"{type(error).__name__} {error}")
@@ -366,17 +367,19 @@ class Fleet:
         """An answer that cannot be used: ask again, of a server started anew if it keeps happening."""
         self._lose(ticket, "unusable_answer", f"{replica.name}: {error}")
         replica.num_unusable += 1
-        self._unusable[ticket.request] += 1
         logger.warning("%s: unusable answer attempt=%d: %s", replica.name, ticket.attempt, error)
-        if self._unusable[ticket.request] >= self._plan.fleet.max_attempts:
-            self._fail(
-                GeneratorError(
-                    f"{replica.name}: {error}; prompt {ticket.request.prompt_id} had "
-                    f"rl.generator.max_attempts={self._plan.fleet.max_attempts} unusable answers"
-                )
-            )
-        elif replica.num_unusable >= MAX_UNUSABLE:
+        is_over = self._count_failure(ticket, f"{replica.name}: {error}")
+        if not is_over and replica.num_unusable >= MAX_UNUSABLE:
             replica.give_up(f"{replica.num_unusable} unusable answers in a row, the last: {error}")
+
+    def _count_failure(self, ticket: Ticket, error: str) -> bool:
+        """Whether this prompt has now failed too often, by its own doing: then the fleet ends."""
+        self._unusable[ticket.request] += 1
+        if self._unusable[ticket.request] < self._plan.fleet.max_attempts:
+            return False
+        message = f"{error}; prompt {ticket.request.prompt_id} had rl.generator.max_attempts="
+        self._fail(GeneratorError(f"{message}{self._plan.fleet.max_attempts} unusable answers, or none in time"))
+        return True
 
     def _switch_to(self, update: WeightsUpdate) -> None:
         """Make these the weights that everything sent off from now on is sampled by."""

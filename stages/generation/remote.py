@@ -9,12 +9,10 @@ import os
 from pathlib import Path
 
 from stages.common.errors import RunError
-from stages.generation.config import FleetConfig
+from stages.generation.config import FILE, FleetConfig
 
 VARIABLE = "SLIPSTREAM_GENERATORS"
 """A JSON file `{"weights_dir": …, "urls": […]}`; a URL is null while its server is being replaced."""
-FILE = "file:"
-"""`file:PATH#INDEX` in place of a URL: look it up there, whenever the server is not known to work."""
 
 
 def use_remote_servers(config: FleetConfig) -> FleetConfig:

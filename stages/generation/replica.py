@@ -227,12 +227,14 @@ class Replica:
         return [*self.running, *([self.swap] if self.swap is not None else [])]
 
     async def _beat(self) -> None:
-        limit, before = self.config.heartbeat_timeout_s, (self.version, False)
+        limit, before, was_loading = self.config.heartbeat_timeout_s, (self.version, False), self.loading is not None
         try:
             served = await self._read_version(limit)
             if (self.version, self.is_swapping) == before and served != str(self.version):
                 self.give_up(f"serves version {served} instead of {self.version}: somebody else swapped its weights")
         except TimeoutError:
+            if was_loading or self.loading is not None:
+                return  # its engine answers nobody while it reads weights; `load` has a limit of its own
             self.give_up(f"did not answer within rl.generator.heartbeat_timeout_s={limit:g}")
         except (httpx.HTTPError, GeneratorError) as error:
             self.give_up(f"{type(error).__name__}: {error}"[:300])

@@ -53,7 +53,7 @@ class Learner:
         self._updates = 0
         self._rescue_dir = rescue_dir
         # On a CPU the fused step is much faster and makes no temporaries.
-        fused = True if select_device().type == "cpu" else None
+        fused = True if select_device().type == "cpu" or config.offload_optimizer == "cpu" else None
         optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr, fused=fused)
         self._clip = _Clip(optimizer, config.max_grad_norm) if config.zero_stage == 0 else None
         self._engine = _start_engine(model, optimizer, config)

@@ -74,8 +74,9 @@ def join_started(rank: int, size: int, address: socket.socket | int) -> Group:
         address: the leader's own listening socket, for the others its port.
     """
     _prepare(rank)
-    # Neither gloo nor NCCL shall look for an interface that others can reach.
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    # Neither shall look for an interface that others can reach; NCCL may be told one, for servers elsewhere.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if isinstance(address, int):
         store: Store = TCPStore(_LOOPBACK, address, size, is_master=False, timeout=PATIENCE)
     else:

@@ -70,9 +70,9 @@ def _join(num_ranks: int, setting: str, log_dir: Path, devices: Sequence[int]) -
             f"{setting}.num_ranks={num_ranks}: the learner has {len(devices)} GPUs; allowed: at most that many"
         )
     listener = listen()
-    num_threads = max(1, len(devices) // num_ranks)
-    if not is_gpu:
-        torch.set_num_threads(num_threads)
+    cores = os.sched_getaffinity(0) if is_gpu else devices  # beside GPUs they run offloaded optimizers
+    num_threads = max(1, len(cores) // num_ranks)
+    torch.set_num_threads(num_threads)
     local_ranks = list(devices[:num_ranks]) if is_gpu else list(range(num_ranks))
     followers = start_followers(listener.getsockname()[1], local_ranks, num_threads, log_dir)
     try:

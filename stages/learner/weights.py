@@ -21,12 +21,21 @@ def collect_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def collect_trained(model: PreTrainedModel) -> dict[str, Tensor]:
-    """`collect_weights` of those that training changes; with adapters these are the layers that have one."""
-    changed = set(list_adapted(model)) if has_adapters(model) else set()
+    """`collect_weights` of those that training changes.
+
+    With adapters these are the layers that have one, and those beside them in their block's attention or MLP: vLLM
+    packs some of these into one, such as queries, keys and values, and takes that only whole.
+    """
+    changed = {_parent(name) for name in list_adapted(model)} if has_adapters(model) else set()
     named = model.named_parameters()  # names a tied weight once
     return _collect(
-        model, {name: tensor for name, tensor in named if tensor.requires_grad or plain_name(name) in changed}
+        model, {name: tensor for name, tensor in named if tensor.requires_grad or _parent(plain_name(name)) in changed}
     )
+
+
+def _parent(name: str | None) -> str | None:
+    """Module that holds the layer of a weight: `model.layers.0.self_attn` of `….self_attn.q_proj.weight`."""
+    return None if name is None else name.rsplit(".", 2)[0]
 
 
 def _collect(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class Inbox:
                     self._arrivals.put(event)
                     if isinstance(event, Finished):
                         self.score(Sampled(event.ticket, event.group))
-        except RunError as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, the learner would wait for arrivals that never come
             self._arrivals.put(error)
 
     def _deliver(self, key: int, scored: ScoredGroup) -> None:

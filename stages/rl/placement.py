@@ -10,6 +10,7 @@ from stages.common.errors import SettingError
 from stages.common.guard import parse_cores
 from stages.generation.config import GenerationConfig, Publish
 from stages.generation.engine_args import count_workers
+from stages.learner.group import is_launched
 from stages.models.load import select_device
 from stages.rl.config import RlConfig
 
@@ -74,6 +75,17 @@ def check_publish(config: RlConfig, placement: Placement) -> None:
     if not torch.cuda.is_available():
         raise SettingError(f"rl.publish={config.publish!r} needs CUDA, and there is no GPU here; allowed: 'files'")
     require_reachable(config.publish, placement, config.generator.urls)
+    if config.publish == "nccl" and config.generator.urls and config.learner.num_ranks > 1:
+        _require_interface()
+
+
+def _require_interface() -> None:
+    """Ranks of one machine meet on its loopback interface, unless NCCL is told another."""
+    if "NCCL_SOCKET_IFNAME" not in os.environ:
+        raise SettingError(
+            "rl.publish='nccl' with rl.generator.urls and rl.learner.num_ranks above 1: set NCCL_SOCKET_IFNAME to the "
+            "network interface by which those servers reach this machine, or rl.publish to 'files'"
+        )
 
 
 def require_reachable(publish: Publish, placement: Placement, urls: Sequence[str]) -> None:
@@ -82,7 +94,7 @@ def require_reachable(publish: Publish, placement: Placement, urls: Sequence[str
     Raises:
         SettingError: with the devices that stand in the way.
     """
-    learner = min(parse_cores(placement.learner))  # a rank uses one GPU, the first
+    learner = 0 if is_launched() else min(parse_cores(placement.learner))  # of rank 0, which publishes
     servers = [parse_cores(devices) for devices in placement.generators]
     if publish == "nccl" and any(learner in devices for devices in servers):
         raise SettingError(
@@ -101,10 +113,29 @@ def require_reachable(publish: Publish, placement: Placement, urls: Sequence[str
         )
 
 
+def check_launched(placement: Placement) -> None:
+    """A launcher gives its ranks the first GPUs of this machine, whatever the settings say: they must be the learner's.
+
+    Raises:
+        SettingError: a rank would train on another's GPU.
+    """
+    if not (torch.cuda.is_available() and is_launched()):
+        return
+    own = os.environ["LOCAL_RANK"]
+    used = {int(own), *range(int(os.environ.get("LOCAL_WORLD_SIZE", "0")))}
+    others = sorted(used - parse_cores(placement.learner))
+    if others:
+        raise SettingError(
+            f"rl.learner_devices: GPU {others[0]} is not among the learner's, {placement.learner}, and a rank of the "
+            f"launcher uses it, as they use GPU 0 to {max(used)}; give the generators the last GPUs by "
+            "rl.generator.devices, or start fewer ranks"
+        )
+
+
 def pin_this_process(devices: str) -> None:
     """Keep this process's work on the learner's CPU cores, with a thread for each; or on its first GPU."""
     if torch.cuda.is_available():
-        if "RANK" not in os.environ:  # a launcher has chosen
+        if not is_launched():  # a launcher has chosen; see `check_launched`
             os.environ["LOCAL_RANK"] = str(min(parse_cores(devices)))
         torch.cuda.set_device(select_device())
         return

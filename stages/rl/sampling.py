@@ -50,6 +50,7 @@ class Sampling:
         self._evaluated: dict[int, Sampled] = {}
         self._attempts: dict[int, int] = {}
         self._recorded: dict[int, int] = {}  # attempts whose groups the ledger has; some wait for their scores
+        self._silence_s = 0.0  # waited for since a generator last gave a sign of life
         self.published = 0
         """Newest version by which groups are asked for."""
         self.num_samples = 0
@@ -168,21 +169,24 @@ class Sampling:
 
     def _wait(self, update: int, *, may_stop: bool = True) -> None:
         """Take in what has arrived; wait for something to arrive."""
-        deadline = time.monotonic() + self._parts.stall_timeout_s
         while True:
             if may_stop:
                 self._parts.stop.check()
+            began = time.monotonic()
             arrivals = self._parts.inbox.wait(_POLL_S)
+            self._silence_s += time.monotonic() - began
             for arrival in arrivals:
                 self._handle(arrival, update)
-            if arrivals:
-                return
-            if time.monotonic() > deadline:
+            if not all(isinstance(arrival, Lost) for arrival in arrivals):
+                self._silence_s = 0.0  # a loss is no sign of life: the same one may come again and again
+            if self._silence_s > self._parts.stall_timeout_s:
                 waiting = [n for n, entry in self._admission.outstanding.items() if not entry.is_ready]
                 raise RunError(
                     f"nothing came from the generator for rl.stall_timeout_s={self._parts.stall_timeout_s:.0f} while "
                     f"{len(waiting)} prompts are with it; published policy_version={self.published}"
                 )
+            if arrivals:
+                return
 
     def _handle(self, arrival: Arrival, update: int) -> None:
         if isinstance(arrival, Sampled):

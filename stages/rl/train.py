@@ -38,7 +38,7 @@ from stages.rl.ledger.schema import Event, LedgerHeader
 from stages.rl.ledger.writer import Ledger
 from stages.rl.loop import Loop, LoopParts
 from stages.rl.mini_batch import Preparation
-from stages.rl.placement import Placement, check_publish, count_gpus, pin_this_process, place
+from stages.rl.placement import Placement, check_launched, check_publish, count_gpus, pin_this_process, place
 from stages.rl.progress import Progress
 from stages.rl.prompts import PromptStream
 from stages.rl.reference import ReferenceSource, reads_reference
@@ -151,6 +151,7 @@ def _place(config: RlConfig, generation: GenerationConfig) -> Placement:
     """Who gets which devices, once it is known that servers would start there and could be sent weights."""
     placement = place(config, list_devices(), count_gpus(generation))
     if config.replay_from is None:
+        check_launched(placement)
         check_publish(config, placement)
         check_engine_args(generation.engine_args if generation.engine == "vllm" else ())
     return placement
@@ -297,7 +298,8 @@ def _make_value_learner(setting: _Setting, ranks: Ranks) -> Learner | None:
 
 def _scoring_starter(setting: _Setting, preparation: Preparation) -> StartScoring | None:
     """Starts the process that scores on the generator's devices, where the settings ask for one."""
-    config, on = setting.config, setting.placement.generators[0] if setting.placement.generators else "0"
+    config, placement = setting.config, setting.placement
+    on = placement.generators[0] if placement.generators else placement.learner  # servers elsewhere have no room for it
     with_reference = config.reference_on == "generator" and setting.algorithm.needs_reference
     if config.score_on == "learner" and not with_reference:
         return None

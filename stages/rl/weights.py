@@ -1,6 +1,7 @@
 """From the learner to the generators: the tensors that training changes, versioned, complete or absent."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -30,6 +31,8 @@ CollectWeights = Callable[[], dict[str, Tensor]]
 SHARED_MEMORY = Path("/dev/shm")
 PROBE_TOKENS = 64
 _PREFIX = "slipstream-"
+_LOCK = ".lock"
+"""Held by the run whose directory it is in."""
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
 """Another file system, one without hard links, or too many of them."""
 
@@ -183,10 +186,12 @@ def open_scratch(weights_dir: str | None, fallback: Path) -> Iterator[Path]:
     if parent == SHARED_MEMORY:  # elsewhere, the processes of other machines cannot be seen
         _remove_orphans(parent)
     directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with (directory / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -201,5 +206,17 @@ def _link_or_copy(source: str, target: str) -> None:
 def _remove_orphans(parent: Path) -> None:
     for directory in parent.glob(f"{_PREFIX}*-*"):
         pid = directory.name.removeprefix(_PREFIX).split("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+        # A container's process may share this memory, and not be seen from here: it still holds its lock.
+        if pid.isdigit() and not psutil.pid_exists(int(pid)) and not _is_locked(directory / _LOCK):
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # there is none
+    return False

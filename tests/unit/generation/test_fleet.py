@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from stages.common.errors import GeneratorError
 from stages.common.process import GuardedProcess, start_guarded
@@ -339,6 +340,21 @@ def test_a_lost_prompt_goes_first(server: ScriptedServer, tmp_path: Path) -> Non
 # When to stop trying.
 
 
+def test_a_prompt_that_is_never_answered_in_time_ends_the_run(server: ScriptedServer, tmp_path: Path) -> None:
+    server.otherwise = scripted.silent
+
+    with start_fleet([server], tmp_path, max_attempts=2, request_timeout_s=1) as fleet:
+        fleet.submit(make_ticket(5))
+        with pytest.raises(GeneratorError, match=r"prompt-5 had rl\.generator\.max_attempts=2 .*, or none in time"):
+            finish(fleet, 1)
+
+
+@pytest.mark.parametrize("url", ["10.0.0.7:8000", "http://10.0.0.7:8o00", "http://", "ftp://10.0.0.7"])
+def test_what_can_be_no_server_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match=rf"rl\.generator\.urls: '{url}' is no URL; allowed: such as http://"):
+        FleetConfig(urls=(url,), weights_dir="weights")
+
+
 @pytest.mark.parametrize("kind", ["too few completions", "HTTP 500", "no JSON"])
 def test_garbage_without_end_ends_the_run_with_one_clear_line(
     server: ScriptedServer, tmp_path: Path, kind: str
@@ -572,7 +588,7 @@ def test_what_is_no_vllm_server_is_waited_for(server: ScriptedServer, tmp_path: 
 
 
 def test_a_swap_that_was_given_up_does_not_disturb_the_next_one(server: ScriptedServer, tmp_path: Path) -> None:
-    with start_fleet([server], tmp_path, heartbeat_timeout_s=0.3) as fleet:
+    with start_fleet([server], tmp_path, heartbeat_timeout_s=0.3, request_timeout_s=1) as fleet:
         fleet.submit(make_ticket(0))
         finish(fleet, 1)
         server.hold_loads()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from stages.generation.config import FleetConfig
-from stages.generation.protocol import Lost
+from stages.generation.protocol import Lost, WeightsUpdate
 from stages.generation.replica import STALL_S, Replica
 from stages.generation.vllm_client import VllmClient
 from tests.unit.generation import scripted_server as scripted
@@ -51,7 +51,15 @@ class StandsStill:
         return "0"
 
 
-def watch(client: StandsStill) -> str:
+class Silent:
+    """A client that gets no answer."""
+
+    async def read_version(self) -> str:
+        await asyncio.sleep(3600)
+        return "0"
+
+
+def watch(client: StandsStill | Silent, *, loading: WeightsUpdate | None = None) -> str:
     """Why the server was given up, if it was."""
     replica = Replica(
         name="generator-0",
@@ -62,6 +70,8 @@ def watch(client: StandsStill) -> str:
         swap_timeout_s=1,
         version=0,
     )
+
+    replica.loading = loading
 
     async def run() -> None:
         with contextlib.suppress(TimeoutError):
@@ -75,3 +85,8 @@ def watch(client: StandsStill) -> str:
 def test_a_server_is_not_taken_for_hung_because_this_process_stood_still() -> None:
     assert watch(StandsStill(num_stalls=1)) == ""
     assert watch(StandsStill(num_stalls=2)) == "did not answer within rl.generator.heartbeat_timeout_s=0.2"
+
+
+def test_a_server_that_loads_weights_may_answer_late() -> None:
+    assert watch(Silent(), loading=WeightsUpdate(1, Path("weights"))) == ""
+    assert watch(Silent()) == "did not answer within rl.generator.heartbeat_timeout_s=0.2"

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from stages.common.errors import SettingError
 from stages.data.batches import collate
 from stages.data.text import TokenSequence
+from stages.generation.vllm_worker import require_whole_layers
 from stages.learner.config import LearnerConfig, LoraConfig
 from stages.learner.engine import Learner
 from stages.learner.logprobs import compute_logprobs, compute_logprobs_and_kl
@@ -61,13 +62,18 @@ def test_merged_weights_are_a_plain_model_that_computes_the_same() -> None:
     assert not torch.allclose(plain(IDS).logits, tiny_llama()(IDS).logits, rtol=0.02, atol=0.05)
 
 
-def test_what_changes_are_the_layers_with_an_adapter_and_nothing_else_is_trained() -> None:
+def test_layers_with_an_adapter_are_published_whole_and_nothing_else_is_trained() -> None:
     model = adapt(layers=1, targets=["q_proj", "down_proj"])
 
-    assert set(collect_trained(model)) == {
-        "model.layers.1.self_attn.q_proj.weight",
-        "model.layers.1.mlp.down_proj.weight",
-    }
+    collected = collect_trained(model)
+
+    # And those beside them, which vLLM packs with them.
+    attention = {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
+    mlp = {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    assert set(collected) == attention | mlp
+    require_whole_layers(collected, {"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
+    base = tiny_llama().state_dict()["model.layers.1.self_attn.k_proj.weight"]
+    torch.testing.assert_close(collected["model.layers.1.self_attn.k_proj.weight"], base.to(torch.bfloat16))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trained) == 4  # A and B of each
     assert all(".lora_" in name for name in trained)

@@ -11,7 +11,7 @@ from stages.learner.config import LearnerConfig
 from stages.models.load import list_devices
 from stages.rl.algorithm_config import OnlineDpoConfig
 from stages.rl.config import RlConfig
-from stages.rl.placement import Placement, check_publish, pin_this_process, place, require_reachable
+from stages.rl.placement import Placement, check_launched, check_publish, pin_this_process, place, require_reachable
 
 EIGHT = tuple(range(8))
 
@@ -168,6 +168,43 @@ def test_without_a_gpu_there_are_only_files(publish: Publish) -> None:
 
     with pytest.raises(SettingError, match=f"^rl.publish='{publish}' needs CUDA, .* allowed: 'files'$"):
         check_publish(make(3).model_copy(update={"publish": publish}), Placement(("0",), "1"))
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """As a launcher starts a rank, on a machine with GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"} | variables).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_ranks_of_a_launcher_must_be_on_the_learners_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(monkeypatch, LOCAL_WORLD_SIZE="4")
+
+    check_launched(Placement(("4",), "0-3"))
+    with pytest.raises(SettingError, match=r"^rl.learner_devices: GPU 0 is not among the learner's, 1-4, .* last GPUs"):
+        check_launched(Placement(("0",), "1-4"))
+
+
+def test_a_rank_of_an_unknown_launcher_must_at_least_be_on_one_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(monkeypatch, LOCAL_RANK="2")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    check_launched(Placement(("0",), "1-3"))
+    with pytest.raises(SettingError, match="GPU 2 is not among"):
+        check_launched(Placement(("2",), "0,1,3"))
+
+
+def test_ranks_that_send_weights_to_another_machine_need_an_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    config = make(3, replicas=0, urls=("http://10.0.0.7:8000",), weights_dir="weights")
+    learner = config.learner.model_copy(update={"num_ranks": 2})
+    config = config.model_copy(update={"publish": "nccl", "learner": learner})
+
+    with pytest.raises(SettingError, match="set NCCL_SOCKET_IFNAME to the network interface"):
+        check_publish(config, Placement((), "0-1"))
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    check_publish(config, Placement((), "0-1"))
 
 
 @pytest.fixture

@@ -1,9 +1,14 @@
-"""What a checkpoint says of prompts that are on their way."""
+"""What a checkpoint says of prompts that are on their way, and what ends the wait for them."""
 
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
-from stages.generation.protocol import Event, Finished, Request, SamplingPlan
+import pytest
+
+from stages.common.errors import RunError
+from stages.generation.protocol import Event, Finished, Lost, Request, SamplingPlan
 from stages.rl.inbox import Arrival, Inbox
 from stages.rl.ledger.reader import read_groups
 from stages.rl.ledger.schema import LedgerHeader
@@ -11,6 +16,7 @@ from stages.rl.ledger.writer import Ledger
 from stages.rl.mini_batch import Sampled
 from stages.rl.prompts import PromptStream
 from stages.rl.sampling import Sampling, SamplingParts
+from stages.rl.scoring import ScoringProcess
 from stages.rl.staleness import Admission, StalenessRule
 from stages.rl.stopping import StopSignals
 from tests.fakes import FakeGenerator
@@ -52,9 +58,11 @@ class SlowScoring:
         self.unscored.append(sampled)
 
 
-def make_sampling(path: Path) -> tuple[Sampling, SlowScoring, Ledger]:
+def make_sampling(
+    path: Path, make_inbox: type[SlowScoring] = SlowScoring, stall_timeout_s: float = 5
+) -> tuple[Sampling, SlowScoring, Ledger]:
     generator, ledger = FakeGenerator(), Ledger.open(path, HEADER)
-    inbox = SlowScoring(generator)
+    inbox = make_inbox(generator)
     parts = SamplingParts(
         generator=generator,
         inbox=cast(Inbox, inbox),
@@ -62,7 +70,7 @@ def make_sampling(path: Path) -> tuple[Sampling, SlowScoring, Ledger]:
         plan=SamplingPlan(2),
         ledger=ledger,
         stop=StopSignals(),
-        stall_timeout_s=5,
+        stall_timeout_s=stall_timeout_s,
     )
     admission = Admission(StalenessRule(0, 1, 1, prompts_per_update=2), num_places=6, in_order=True)
     return Sampling(parts, admission), inbox, ledger
@@ -85,3 +93,36 @@ def test_a_group_that_waits_for_its_score_at_a_checkpoint_is_not_sampled_again_a
     assert state["waiting"] == {}
     assert later.generator.submitted == []
     assert [item.ticket.number for item in resumed.take(0)] == [0, 1]
+
+
+class Losing(SlowScoring):
+    """An inbox of a generator that loses the same prompt again and again."""
+
+    def wait(self, timeout_s: float) -> list[Arrival]:
+        time.sleep(min(timeout_s, 0.02))
+        return [Lost(self.generator.submitted[0], "timeout", "")]
+
+
+def test_losses_without_end_are_no_sign_of_life(tmp_path: Path) -> None:
+    sampling, _, _ = make_sampling(tmp_path, Losing, stall_timeout_s=0.1)
+    sampling.request()
+
+    with pytest.raises(RunError, match=r"nothing came from the generator for rl\.stall_timeout_s=0 "):
+        sampling.take(0)
+
+
+class Broken(FakeGenerator):
+    """A generator with a bug."""
+
+    def wait(self, timeout_s: float) -> list[Event]:  # noqa: ARG002  it ends before
+        raise ValueError("port out of range")
+
+
+def test_whatever_ends_the_generator_reaches_the_learner() -> None:
+    class Scoring:
+        def close(self) -> None:
+            pass
+
+    inbox = Inbox(Broken(), lambda *_: cast(ScoringProcess, Scoring()), lambda *_: None)
+    with closing(inbox), pytest.raises(ValueError, match="port out of range"):
+        inbox.wait(10)

@@ -1,5 +1,6 @@
 """A version's tensors on their way out of the learner: as a file, or as a copy in memory."""
 
+import fcntl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from transformers import PreTrainedModel
 
 from stages.learner.weights import collect_trained, collect_weights
 from stages.models.load import load_policy, select_trainable
-from stages.rl.weights import FilesPublisher, ProbeText, Publisher, TensorsPublisher, export_policy, make_publisher
+from stages.rl.weights import (
+    FilesPublisher,
+    ProbeText,
+    Publisher,
+    TensorsPublisher,
+    export_policy,
+    make_publisher,
+    open_scratch,
+)
 from tests.tiny import tiny_llama
 from tests.toy_models import save_toy_model
 
@@ -103,3 +112,18 @@ def test_an_exported_policy_has_the_names_that_its_library_stores(tmp_path: Path
     assert exported.keys() == stored.keys()
     assert [key for key in exported if head and key.startswith(head)] == ([f"{head}.weight"] if head else [])
     assert all(torch.equal(weight, stored[key].bfloat16()) for key, weight in exported.items())
+
+
+def test_what_killed_runs_left_is_removed_and_what_a_hidden_run_holds_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.rl.weights.SHARED_MEMORY", tmp_path)
+    no_pid = 2**22 + 1  # above the largest one of Linux: as of another container
+    left, held = tmp_path / f"slipstream-{no_pid}-a", tmp_path / f"slipstream-{no_pid}-b"
+    for directory in (left, held):
+        directory.mkdir()
+    with (held / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with open_scratch(None, tmp_path) as scratch:
+            assert set(tmp_path.iterdir()) == {held, scratch}
+    assert set(tmp_path.iterdir()) == {held}
