@@ -43,6 +43,8 @@ GENERATION = GenerationConfig(
     engine="transformers", temperature=0.8, max_new_tokens=8, max_prompt_tokens=64, dtype="fp32", max_num_seqs=16
 )
 
+STEPS = "steps.txt"
+
 
 def make_inputs(directory: Path, head_dim: int = 8) -> PolicyInputs:
     """Ten prompts, an SFT and a reward model; made once."""
@@ -71,6 +73,11 @@ def _make_ends_likely(sft: Path, prompts: list[Prompt]) -> None:
     save_model(model, tokenizer, sft)
 
 
+def read_steps(directory: Path) -> list[int]:
+    """Steps that metrics were logged for, in order."""
+    return [int(line) for line in (directory / STEPS).read_text().splitlines()]
+
+
 def read_prompt_list(directory: Path) -> list[Prompt]:
     """The training prompts, in the order of the file."""
     from stages.data.store import read_prompts
@@ -85,7 +92,10 @@ def run(directory: Path, generation: GenerationConfig = GENERATION, **settings: 
     work, out = directory / "work", directory / "out"
     work.mkdir(exist_ok=True)
     outputs = PolicyOutputs(out / "policy", out / "policy_last", out / "ledger", out / "checkpoints")
-    return train_policy(inputs, config, generation, work, outputs, log_metrics=lambda *_: None)
+    with (directory / STEPS).open("a", buffering=1) as steps:
+        return train_policy(
+            inputs, config, generation, work, outputs, log_metrics=lambda _, step: print(step, file=steps)
+        )
 
 
 def hash_policy(directory: Path, name: str = "policy_last") -> str:

@@ -75,15 +75,13 @@ class Loop:
         learner = self._training.learner
         try:
             if self._progress.first is None:
-                metrics = self._request(is_evaluated=True)
-                self._training.log_metrics({name: mean.value for name, mean in metrics.items()}, 0)
+                self._log_evaluation(self._request(is_evaluated=True))
             else:
                 self._reload_rollout()
                 if self._is_evaluated() and self._progress.last_version < learner.updates:
-                    self._request(is_evaluated=True)  # the run was stopped while it evaluated
+                    self._log_evaluation(self._request(is_evaluated=True))  # the run was stopped while it evaluated
             while learner.updates < self._config.num_updates:
-                metrics = self._step()
-                self._training.log(metrics, self._counts(), self._config.num_updates)
+                self._step()
                 if self._is_checkpointed():
                     self._checkpoint()
                 self._parts.stop.check()
@@ -98,7 +96,7 @@ class Loop:
         with training.timeline.span(LEARNER, "publish", version):
             self._parts.sampling.publish(self._parts.publisher.write(training.learner, version))
 
-    def _step(self) -> dict[str, Mean]:
+    def _step(self) -> None:
         """One update and what follows from it."""
         parts, version = self._parts, self._training.learner.updates
         mini_batch = self._next_mini_batch(version)
@@ -108,10 +106,16 @@ class Loop:
         parts.ledger.add_update(rows)
         self._progress.staleness.update(staleness)
         self._check_gap(metrics)
-        metrics |= self._publish_and_evaluate()
-        with self._training.timeline.span(LEARNER, "record", version):
-            parts.ledger.flush()
-        return metrics
+        try:
+            metrics |= self._publish_and_evaluate()
+            with self._training.timeline.span(LEARNER, "record", version):
+                parts.ledger.flush()
+        finally:  # the update is made, whatever ends the wait for its evaluation
+            self._training.log(metrics, self._counts(), self._config.num_updates)
+
+    def _log_evaluation(self, metrics: dict[str, Mean]) -> None:
+        values = {name: mean.value for name, mean in metrics.items()}
+        self._training.log_metrics(values, self._training.learner.updates)
 
     def _next_mini_batch(self, version: int) -> MiniBatch:
         """A new one in a rollout's first epoch, the same again in later ones."""

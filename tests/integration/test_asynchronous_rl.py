@@ -214,7 +214,8 @@ def test_a_run_killed_at_random_instants_ends_with_the_weights_of_one_that_never
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_of_its_last_update(
     inputs: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    settings = LONG | {"max_staleness": 1, "checkpoint_every": 1000}
+    # Most of its time is waiting for an evaluation: there the signal finds it.
+    settings = LONG | {"max_staleness": 1, "checkpoint_every": 1000, "eval_every": 1}
     directory = copy_inputs(inputs, tmp_path / "run")
     process = start(directory, settings)
     wait_for_update(process, 5)
@@ -224,6 +225,8 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_of_its_last_update(
     assert finish(process) == code
     state = json.loads((directory / "work/checkpoint/state.json").read_text())
     assert state["sampling"]["num_consumed"] >= 5 * 3
+    updates = [recorded.update for recorded in read_ledger(directory / "work/ledger").updates()]
+    assert tiny_rl.read_steps(directory) == [0, *(update + 1 for update in updates)]
 
 
 def test_a_ledger_of_other_settings_is_neither_resumed_nor_replayed(inputs: Path, tmp_path: Path) -> None:
