@@ -122,6 +122,18 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
             needs_inputs=True,
         ),
         Script(
+            "cpu.py",
+            (
+                *("--model", sft, "--reward", reward, "--questions", "heap", "waiting, beside other work"),
+                *("--rounds", "1", "--updates", "1", "--completions", "8"),
+            ),
+            (
+                Figure("time saved by kept memory, RLOO", lambda r: r["rows"][0]["saved"]),
+                Figure("time saved by shorter waiting, beside other work", lambda r: r["rows"][1]["saved"]),
+            ),
+            needs_inputs=True,
+        ),
+        Script(
             "judge_throughput.py",
             ("--matches", "100", "--concurrency", "8", "--workspace", str(workspace)),
             (Figure("judge, ideal time / time", lambda r: 1 / r["arms"][0]["wall_over_ideal"]),),

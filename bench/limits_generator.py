@@ -32,7 +32,7 @@ import yaml
 from limits_report import describe_run, format_rows, read_report, write_report
 from limits_sides import AT_ONCE, WINDOW, Side, start_offline, start_served
 
-from stages.common.entry import QUIET_DEFAULTS
+from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.data.store import read_prompts
 from stages.generation.config import GenerationConfig
 from stages.generation.protocol import Request, SamplingPlan
@@ -60,7 +60,7 @@ def main() -> None:
     if arguments.table:
         print(format_table(read_report(arguments.out, {})))
         return
-    os.environ.update({name: value for name, value in QUIET_DEFAULTS.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ})
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     changes = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in arguments.set)}
     config = GenerationConfig.model_validate(params["generation"] | {"cpu_cores": arguments.core} | changes)

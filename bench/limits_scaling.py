@@ -114,9 +114,9 @@ def measure(side: str, arguments: argparse.Namespace, models: dict[int, str]) ->
 
 def run_points(job: dict[str, Any]) -> list[float]:
     """Seconds of each point, in this process."""
-    from stages.common.entry import QUIET_DEFAULTS
+    from stages.common.entry import ENVIRONMENT_DEFAULTS
 
-    os.environ.update({name: value for name, value in QUIET_DEFAULTS.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ})
     return time_learner(job) if job["side"] == "learner" else time_generator(job)
 
 

@@ -25,7 +25,7 @@ from memory_counts import (
     sum_except,
 )
 
-from stages.common.entry import QUIET_DEFAULTS
+from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.data.records import Completion
 from stages.generation.config import GenerationConfig
 from stages.generation.protocol import Request, SamplingPlan, Ticket
@@ -61,7 +61,7 @@ class Arm:
 
 
 def main() -> None:
-    os.environ.update({name: value for name, value in QUIET_DEFAULTS.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arm", help="its fields as JSON")
     arm = Arm(**json.loads(parser.parse_args().arm))

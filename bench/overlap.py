@@ -101,12 +101,12 @@ def start(arm: str, arguments: argparse.Namespace, changes: dict[str, str]) -> d
 
 def run_arm(job: dict[str, Any], inputs: Path) -> dict[str, float]:
     """Train, then read from the timeline what each side did in the measured window."""
-    from stages.common.entry import QUIET_DEFAULTS
+    from stages.common.entry import ENVIRONMENT_DEFAULTS
     from stages.generation.config import GenerationConfig
     from stages.rl.config import RlConfig
     from stages.rl.train import TIMELINE, PolicyInputs, PolicyOutputs, train_policy
 
-    os.environ.update({name: value for name, value in QUIET_DEFAULTS.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ})
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     rl, generation = params["rl"], params["generation"]
     rl |= {"num_updates": job["updates"], "eval_every": 1000, "num_eval_prompts": 2, "checkpoint_every": 1000}

@@ -31,7 +31,7 @@ from ruamel.yaml import YAML
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.common.config import read_params
-from stages.common.entry import QUIET_DEFAULTS
+from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.learner.launch import open_ranks
 from stages.learner.ranks import LedRanks, Ranks
 from stages.models.load import list_devices
@@ -97,7 +97,7 @@ def start(item: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, __file__, "--configuration", json.dumps(item)]
     # The other ranks find this file by it, too.
     path = os.pathsep.join([str(ROOT), str(ROOT / "bench")])
-    environment = os.environ | QUIET_DEFAULTS | GIVE_MEMORY_BACK | {"PYTHONPATH": path}
+    environment = os.environ | ENVIRONMENT_DEFAULTS | GIVE_MEMORY_BACK | {"PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(item["name"], json.dumps(measured), file=sys.stderr)

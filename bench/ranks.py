@@ -27,7 +27,7 @@ import psutil
 import torch
 from default_run import describe_machine, git
 
-from stages.common.entry import QUIET_DEFAULTS
+from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.data.text import TokenSequence
 from stages.learner.config import LearnerConfig
 from stages.learner.launch import open_ranks
@@ -78,7 +78,7 @@ def run_arm(arm: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         command += [f"--{name}", str(getattr(options, name))]
     # The other ranks find this file by it, too.
     path = os.pathsep.join([str(ROOT), str(ROOT / "bench")])
-    environment = os.environ | QUIET_DEFAULTS | GIVE_MEMORY_BACK | {"PYTHONPATH": path}
+    environment = os.environ | ENVIRONMENT_DEFAULTS | GIVE_MEMORY_BACK | {"PYTHONPATH": path}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True, cwd=ROOT)
     measured: dict[str, Any] = {"arm": arm} | json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(measured), flush=True)

@@ -33,7 +33,7 @@ from default_run import describe_machine, git
 from memory_arm import make_completion
 from transformers import AutoModelForCausalLM
 
-from stages.common.entry import QUIET_DEFAULTS
+from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.generation.protocol import Request, SamplingPlan, Ticket
 from stages.learner.config import LearnerConfig
 from stages.learner.engine import Learner, compute_type
@@ -86,7 +86,7 @@ ARMS = [
 
 
 def main() -> None:
-    os.environ.update({name: value for name, value in QUIET_DEFAULTS.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ})
     import deepspeed  # noqa: F401  after the environment is set; its import is no update's time
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -39,7 +39,7 @@ from memory_counts import (
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from stages.common.entry import QUIET_DEFAULTS
+from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.common.metrics import Mean
 from stages.data.batches import SequenceBatch, collate
 from stages.data.text import TokenSequence
@@ -99,7 +99,7 @@ def read_report(options: argparse.Namespace) -> dict[str, Any]:
 def start(arm: dict[str, Any]) -> dict[str, Any]:
     """One arm in a process of its own."""
     command = [sys.executable, __file__, "--arm", json.dumps(arm)]
-    environment = os.environ | QUIET_DEFAULTS | GIVE_MEMORY_BACK | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | ENVIRONMENT_DEFAULTS | GIVE_MEMORY_BACK | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(arm), json.dumps(measured), file=sys.stderr)

@@ -9,8 +9,8 @@ it), then the flows: `rlhf.py` (the stages in order), `stage.py` and `generator.
 
 import os
 
-from stages.common.entry import QUIET_DEFAULTS
+from stages.common.entry import ENVIRONMENT_DEFAULTS
 
 # Before anything imports prefect, which reads its environment on import.
-for _name, _value in QUIET_DEFAULTS.items():
+for _name, _value in ENVIRONMENT_DEFAULTS.items():
     os.environ.setdefault(_name, _value)

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from flows.lock_file import heal_lock, keep_lock
-from stages.common.entry import EXIT_SETTING, QUIET_DEFAULTS, die_with_parent, run_entry
+from stages.common.entry import ENVIRONMENT_DEFAULTS, EXIT_SETTING, die_with_parent, run_entry
 from stages.common.errors import RunError, SettingError
 from stages.common.process import guard_command, stop_guard
 
@@ -195,7 +195,7 @@ def _start(command: list[str], env: Mapping[str, str]) -> "subprocess.Popen[str]
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**QUIET_DEFAULTS, **os.environ, **env, "PATH": path, "PYTHONUNBUFFERED": "1"},
+        env={**ENVIRONMENT_DEFAULTS, **os.environ, **env, "PATH": path, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,
     )
 

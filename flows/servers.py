@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from stages.common.entry import QUIET_DEFAULTS
+from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.common.errors import RunError
 from stages.common.process import GuardedProcess, start_guarded
 
@@ -61,7 +61,7 @@ class ServerCommand:
 
     def launch(self) -> GuardedProcess:
         """Start it; it answers some seconds later."""
-        environment = {**os.environ, **QUIET_DEFAULTS, **self.environment}
+        environment = {**os.environ, **ENVIRONMENT_DEFAULTS, **self.environment}
         return start_guarded(self.arguments, env=environment, log_path=self.log_path)
 
 

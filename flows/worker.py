@@ -15,7 +15,7 @@ from pathlib import Path
 from flows.clones import CHECKOUT_VARIABLE, find_checkout
 from flows.devices import VARIABLE as DEVICES_VARIABLE
 from flows.devices import list_devices
-from stages.common.entry import QUIET_DEFAULTS, run_entry
+from stages.common.entry import ENVIRONMENT_DEFAULTS, run_entry
 from stages.common.errors import RunError, SettingError
 from stages.common.guard import parse_cores
 
@@ -54,7 +54,7 @@ def make_environment(devices: str) -> dict[str, str]:
     list_devices(devices)  # raises for what is no list of devices
     pinned = {"CUDA_VISIBLE_DEVICES": ",".join(str(number) for number in sorted(parse_cores(numbers)))}
     return {
-        **{name: value for name, value in QUIET_DEFAULTS.items() if name not in os.environ},
+        **{name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ},
         CHECKOUT_VARIABLE: checkout,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *_python_path()]),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),

@@ -17,6 +17,7 @@ import torch
 from torch import distributed as dist
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
+from stages.learner.heap import keep_freed_memory
 from stages.models.load import select_device
 
 PATIENCE = timedelta(minutes=30)
@@ -98,6 +99,7 @@ def leave() -> None:
 def _prepare(rank: int = 0) -> None:
     import deepspeed.ops
 
+    keep_freed_memory()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls them by names that torch has given up.
     warnings.filterwarnings("ignore", r"`torch.distributed.\w+_tensor` is deprecated", FutureWarning)

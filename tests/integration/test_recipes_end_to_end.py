@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from stages.common.entry import QUIET_DEFAULTS
+from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.common.process import free_port
 from stages.rl.ledger.checks.run import check_ledger
 from tests.integration.conftest import TIMEOUT_S
@@ -41,7 +41,7 @@ def worker(directory: Path) -> Iterator[ProcessPoolExecutor]:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{directory / 'mlflow.db'}")
         for name in ("SLIPSTREAM_PIPELINE", "DVC_STAGE"):
             patch.delenv(name, raising=False)
-        for name, value in QUIET_DEFAULTS.items():
+        for name, value in ENVIRONMENT_DEFAULTS.items():
             patch.setenv(name, value)
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as executor:
             yield executor

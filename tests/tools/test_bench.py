@@ -217,6 +217,24 @@ def test_what_a_common_trunk_saves_is_measured_in_turns(tmp_path: Path) -> None:
     assert all(found["saved"] < 1 for found in algorithms.values())
 
 
+def test_what_settings_of_the_c_libraries_save_is_measured_in_turns(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+
+    run(
+        "cpu.py",
+        *("--model", str(inputs.sft), "--reward", str(inputs.reward), "--out", str(tmp_path / "out.json")),
+        *("--questions", "heap", "waiting, beside other work", "--rounds", "1", "--updates", "1"),
+        *("--trainable-layers", "1", "--completions", "4", "--prompt-tokens", "6", "--completion-tokens", "5"),
+    )
+
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["question"], list(row["medians"])) for row in rows] == [
+        ("heap", ["kept", "given back"]),
+        ("waiting, beside other work", ["soon", "late"]),
+    ]
+    assert all(found["update_s"] > 0 for row in rows for found in row["medians"].values())
+
+
 def test_the_speed_of_the_judge_is_measured_with_an_empty_and_a_full_store(tmp_path: Path) -> None:
     run(
         "judge_throughput.py",
