@@ -165,7 +165,7 @@ def _train_policy(settings: Settings, models: Models, update: UpdatePlan, device
     yield from _list_servers("train_policy", settings, models.policy, groups, devices)
     beside = list(_list_beside(settings, models, devices))
     if beside:
-        first = groups[0][0] if groups else 0
+        first = groups[0][0] if groups else numbers[0]  # without servers here it is beside the learner
         yield _make_process("train_policy", "scoring", devices.name(first), beside)
 
 

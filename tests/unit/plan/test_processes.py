@@ -45,6 +45,16 @@ def test_apart_the_learner_has_its_own_gpu_and_the_reward_model_is_with_the_gene
     ]
 
 
+def test_with_servers_elsewhere_the_reward_model_is_with_the_learner(tmp_path: Path) -> None:
+    servers = {"replicas": 0, "urls": ["http://10.0.0.2:8000"], "weights_dir": "/shared/weights"}
+    changes = {"rl__generator": servers, "rl__learner_devices": "2,3"}
+
+    assert of_stage(plan(tmp_path, parse_devices("4x80"), **changes), "train_policy") == [
+        ("policy + reference", "GPU 2"),
+        ("scoring", "GPU 2"),
+    ]
+
+
 def test_in_turns_everyone_is_on_the_first_gpu(tmp_path: Path) -> None:
     processes = plan(tmp_path, parse_devices("2x80"), rl__max_staleness=0)
 
