@@ -108,7 +108,9 @@ def measure(question: Question, label: str, arm: dict[str, Any]) -> dict[str, fl
     """Seconds of an update, without its scores, and what the kernel counted over the whole process."""
     arm = arm | {"threads": question.threads}
     command = [sys.executable, str(ROOT / "bench/memory_arm.py"), json.dumps(arm)]
-    unset = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GOMP_", "OMP_"))}
+    unset = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "GOMP_", "OMP_"))
+    }
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(question.threads), **question.arms[label]}
     with (
         busy_core(is_wanted=question.is_beside_work),

@@ -32,8 +32,8 @@ ENVIRONMENT_DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     # A tokenizer that ran threads before a fork warns and may hang; batches here are small.
     "TOKENIZERS_PARALLELISM": "false",
-    # Turns, about 0.1 ms, after which a thread that waits for the others of its process lets go of its core. OpenMP's
-    # own 300,000 take it from whoever the others wait for: updates beside other work then take several times as long.
+    # Turns after which a thread that waits for the others of its process lets go of its core. OpenMP's own 300,000 keep
+    # it from whoever the others wait for: beside other work an update takes 1.4 times as long then.
     "GOMP_SPINCOUNT": "2000",
 }
 """Environment of every stage and of what it starts; a value that is set already wins."""

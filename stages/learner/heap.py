@@ -25,9 +25,10 @@ def keep_freed_memory() -> None:
 
     By default glibc maps each large tensor anew and gives it back at once, so an update waits for the kernel to clear
     some hundred thousand pages, the same ones every time. Does nothing without glibc, on a GPU, or where variables such
-    as `MALLOC_TRIM_THRESHOLD_` say what glibc is to do.
+    as `MALLOC_TRIM_THRESHOLD_` or `GLIBC_TUNABLES` say what glibc is to do.
     """
-    if sys.platform != "linux" or torch.cuda.is_available() or any(name.startswith("MALLOC_") for name in os.environ):
+    is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if sys.platform != "linux" or torch.cuda.is_available() or is_set:
         return
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None:

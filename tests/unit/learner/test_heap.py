@@ -26,9 +26,12 @@ FILL_AGAIN = """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own settings")
-@pytest.mark.parametrize(("variables", "is_kept"), [({}, True), ({"MALLOC_ARENA_TEST": "8"}, False)])
+@pytest.mark.parametrize(
+    ("variables", "is_kept"),
+    [({}, True), ({"MALLOC_ARENA_TEST": "8"}, False), ({"GLIBC_TUNABLES": "glibc.malloc.arena_test=8"}, False)],
+)
 def test_a_tensor_takes_the_place_of_one_that_was_freed(variables: dict[str, str], *, is_kept: bool) -> None:
-    unset = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    unset = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", textwrap.dedent(FILL_AGAIN)]
     done = subprocess.run(
         command,
