@@ -1,16 +1,28 @@
-"""What Prefect's server does by itself when a worker or its machine is lost.
+"""What Prefect's server does by itself when a worker or its machine is lost, and what its workers do if it does not.
 
 A run sends a heartbeat every `HEARTBEAT_S`. When none has come for `LOST_S`, the server calls it crashed, and
 schedules a crashed pipeline again: it finds its clone and its checkpoints and goes on. Runs of single stages and of
 generators are left to the run that waits for them.
+
+An automation sees an event once. With SQLite the server may fail to handle it ("database is locked", four times in a
+row) and then drops it, so every worker looks for pipelines that are still crashed (`schedule_missed`).
 """
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
+from prefect.states import AwaitingRetry
 
 HEARTBEAT_S = 30
 """Prefect allows no less; its own default of 180 s would make every limit minutes longer."""
@@ -75,6 +87,23 @@ def set_up_automations() -> None:
                     client.delete_automation(earlier.id)
             if not is_there:
                 client.create_automation(automation)
+
+
+def schedule_missed(missed_s: float) -> list[FlowRun]:
+    """Schedule the pipelines again that have been crashed for `missed_s` seconds, and give them back."""
+    crashed = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
+        deployment_id=FlowRunFilterDeploymentId(is_null_=False),  # without one no worker could take it
+    )
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=list(RESTARTED))), flow_run_filter=crashed
+        )
+        latest = datetime.now(UTC) - timedelta(seconds=missed_s)
+        missed = [run for run in found if run.state is not None and run.state.timestamp <= latest]
+        for run in missed:
+            client.set_flow_run_state(run.id, AwaitingRetry(message="scheduled again"))
+    return missed
 
 
 def _is_same(earlier: Automation, automation: AutomationCore) -> bool:

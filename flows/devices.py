@@ -18,6 +18,7 @@ from stages.common.guard import parse_cores
 VARIABLE = "SLIPSTREAM_DEVICES"
 """What this worker may use, such as `cpu:0-1` or `gpu:0,2`; its worker sets it. Unset: nothing is held."""
 LEASE_S = 60.0
+"""Prefect allows no less."""
 FOLDER = Path(tempfile.gettempdir()) / f"slipstream-devices-{os.getuid()}"
 """Of the lock files."""
 

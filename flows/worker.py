@@ -1,7 +1,8 @@
 """A worker of this checkout: `python -m flows.worker [--pool NAME]... [--devices cpu:0-1]`.
 
 Makes the work pools, the limits of its devices, the automations and the deployments of prefect.yaml on the server, then
-runs one `prefect worker` for each pool, and starts one again that ends. A worker runs one flow run at a time, except on
+runs one `prefect worker` for each pool, and starts one again that ends. It also schedules crashed pipelines again that
+the server's automation missed. A worker runs one flow run at a time, except on
 pool `control`, whose runs wait for others.
 """
 
@@ -27,6 +28,10 @@ CANCEL_POLL_S = 60
 three looks in vain; at its own 10 s a server that is away for 20 s would leave a worker that cancels nothing."""
 STOP_S = 40.0
 RESTART_S = 5.0
+LOOK_S = 30.0
+"""Between looks for crashed pipelines that the server has not scheduled again."""
+MISSED_S = 30.0
+"""The server's automation needs a second; while it may still get to a run, nobody else should act."""
 
 
 def main() -> None:
@@ -115,6 +120,7 @@ def work(pools: list[str], name: str | None, devices: str) -> None:
     workers = {pool: start_worker(pool, name) for pool in pools}
     sys.stdout.write(f"working for {', '.join(pools)} with {devices}; Ctrl-C ends it\n")
     sys.stdout.flush()
+    last_look = time.monotonic()
     try:
         while True:
             time.sleep(RESTART_S)
@@ -122,11 +128,30 @@ def work(pools: list[str], name: str | None, devices: str) -> None:
                 if worker.poll() is not None:
                     sys.stderr.write(f"the worker of pool {pool} ended with {worker.returncode}; starting it again\n")
                     workers[pool] = start_worker(pool, name)
+            if time.monotonic() - last_look > LOOK_S:
+                look_for_missed()
+                last_look = time.monotonic()
     finally:
         for worker in workers.values():
             worker.terminate()
         for worker in workers.values():
             _wait(worker)
+
+
+def look_for_missed(missed_s: float = MISSED_S) -> None:
+    """Schedule pipelines that have been crashed for so long; a server that is away is named."""
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    from flows.automations import schedule_missed
+
+    try:
+        missed = schedule_missed(missed_s)
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        sys.stderr.write(f"cannot look for crashed runs, Prefect's server does not answer: {error}\n")
+        return
+    for run in missed:
+        sys.stderr.write(f"run {run.name} was still crashed; scheduled again\n")
 
 
 def start_worker(pool: str, name: str | None) -> "subprocess.Popen[bytes]":

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -14,8 +15,10 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import Crashed, Scheduled
 
 from flows.automations import make_automations
+from flows.devices import LEASE_S
 from flows.parameters import STAGES
 from tests.tools.toy_project import Toy, toy_with_server, wait_for
 
@@ -172,9 +175,33 @@ def test_a_run_whose_process_is_killed_is_scheduled_again_and_repeats_no_finishe
     wait_for(lambda: not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE)
     hold.unlink()
 
-    wait_for(lambda: (state := read(toy, run_id).state) and state.is_completed(), 120)
+    # The server notices, the worker asks for work, the dead process's lease runs out, and half the stages run again.
+    wait_for(lambda: (state := read(toy, run_id).state) and state.is_completed(), LEASE_S + 210)
     again = {"train_sft": 1, "label_pairs": 1, "train_reward": 1, "train_policy": 2, "sample_policy": 1}
     assert {stage: count for stage, count in Counter(toy.runs()).items() if stage in again} == again
+
+
+def test_a_pipeline_that_the_server_left_crashed_is_scheduled_by_a_worker(toy: Toy) -> None:
+    def look(missed_s: float) -> str:
+        done = toy.run(sys.executable, "-c", f"from flows import worker; worker.look_for_missed({missed_s})")
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    [again] = [each.name for each in make_automations() if each.name.endswith("scheduled again")]
+    try:
+        with client(toy) as api:
+            for automation in api.read_automations_by_name(again):
+                api.delete_automation(automation.id)
+            found = api.read_deployment_by_name("rlhf/local")
+            later = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(days=1))
+            run = api.create_flow_run_from_deployment(found.id, state=later)
+            api.set_flow_run_state(run.id, Crashed(), force=True)
+        assert run.name not in look(20)
+        assert f"run {run.name} was still crashed" in look(0)
+        assert message(wait_until_over(toy, run.id)) == "Completed: None"
+    finally:
+        done = toy.run(sys.executable, "-c", "from flows import automations; automations.set_up_automations()")
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_device_never_holds_two_runs(toy: Toy) -> None:
