@@ -52,7 +52,7 @@ def read(toy: Toy, run_id: UUID) -> FlowRun:
         return api.read_flow_run(run_id)
 
 
-def wait_until_over(toy: Toy, run_id: UUID, timeout_s: float = 120) -> FlowRun:
+def wait_until_over(toy: Toy, run_id: UUID, timeout_s: float = 240) -> FlowRun:
     wait_for(lambda: (state := read(toy, run_id).state) and state.is_final(), timeout_s)
     return read(toy, run_id)
 
@@ -224,7 +224,7 @@ def test_a_sweep_shares_what_its_points_have_in_common(toy: Toy) -> None:
 
     run_id = start(toy, {"matrix": matrix, "run": run}, "sweep/local", "sweep")
 
-    assert message(wait_until_over(toy, run_id, 280)) == "Completed: None"
+    assert message(wait_until_over(toy, run_id, 480)) == "Completed: None"
     counts = Counter(toy.runs())
     assert {stage: counts[stage] for stage in RL} == dict.fromkeys(RL, 8)
     assert (counts["train_sft"], counts["train_reward"]) == (1, 1)
