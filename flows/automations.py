@@ -19,7 +19,8 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
 from prefect.states import AwaitingRetry
@@ -90,7 +91,7 @@ def set_up_automations() -> None:
 
 
 def schedule_missed(missed_s: float) -> list[FlowRun]:
-    """Schedule the pipelines again that have been crashed for `missed_s` seconds, and give them back."""
+    """Schedule the pipelines again that have been crashed for `missed_s` seconds; those that the server let us."""
     crashed = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED])),
         deployment_id=FlowRunFilterDeploymentId(is_null_=False),  # without one no worker could take it
@@ -101,9 +102,8 @@ def schedule_missed(missed_s: float) -> list[FlowRun]:
         )
         latest = datetime.now(UTC) - timedelta(seconds=missed_s)
         missed = [run for run in found if run.state is not None and run.state.timestamp <= latest]
-        for run in missed:
-            client.set_flow_run_state(run.id, AwaitingRetry(message="scheduled again"))
-    return missed
+        again: State[None] = AwaitingRetry(message="scheduled again")
+        return [run for run in missed if client.set_flow_run_state(run.id, again).status is SetStateStatus.ACCEPT]
 
 
 def _is_same(earlier: Automation, automation: AutomationCore) -> bool:
