@@ -50,11 +50,10 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    def add(self, token: int, logprob: float, eos: int) -> None:
-        """Take a token, unless the completion is over."""
-        if not self.is_over(eos):
-            self.tokens.append(token)
-            self.logprobs.append(logprob)
+    def add(self, token: int, logprob: float) -> None:
+        """Take a token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
 
     def is_over(self, eos: int) -> bool:
         """Whether it has its end or its length."""
@@ -194,7 +193,7 @@ class TransformersGenerator:
         return [*rows, _Row(True, plan.max_tokens(limit, greedy=True), None)] if plan.with_greedy else rows
 
     def _generate(self, requests: Sequence[Request], groups: Sequence[Sequence[_Row]]) -> None:
-        """Fill the rows, token by token."""
+        """Fill the rows, token by token; a row that is over leaves the batch."""
         ids, mask = _pad_left([request.prompt_ids for request in requests])  # [N, P] each
         owners = torch.tensor([number for number, group in enumerate(groups) for _ in group])  # [R]
         rows = [row for group in groups for row in group]
@@ -207,8 +206,14 @@ class TransformersGenerator:
         mask, positions = mask[owners], positions[owners, -1:]
         while True:
             chosen = self._choose(logits, rows)  # [R]
-            if all(row.is_over(self._eos) for row in rows):
+            open_rows = [number for number, row in enumerate(rows) if not row.is_over(self._eos)]
+            if not open_rows:
                 break
+            if len(open_rows) < len(rows):
+                kept = torch.tensor(open_rows)
+                rows = [rows[number] for number in open_rows]
+                chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
+                cache.batch_select_indices(kept)
             mask, positions = torch.cat([mask, torch.ones_like(positions)], dim=1), positions + 1
             output = self._model(
                 input_ids=chosen[:, None],
@@ -227,7 +232,7 @@ class TransformersGenerator:
             chosen[sampled] = draw_tokens(scores[sampled].exp(), [row.draw for row in rows if row.draw is not None])
         logprobs = scores.gather(1, chosen[:, None]).squeeze(1)
         for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
-            row.add(token, logprob, self._eos)
+            row.add(token, logprob)
         return chosen
 
     def _completion(self, request: Request, place: int, row: _Row) -> Completion:

@@ -57,11 +57,14 @@ def wait_for(generator: Generator, number: int) -> list[Event]:
     return events
 
 
-def test_sampling_logprobs_are_the_learners_at_the_same_version(tmp_path: Path) -> None:
-    with start(tmp_path) as generator:
-        groups = generate(generator, REQUESTS, SamplingPlan(num_samples=3))
+@pytest.mark.parametrize("prompts_at_once", [1, 2])
+def test_sampling_logprobs_are_the_learners_at_the_same_version(tmp_path: Path, prompts_at_once: int) -> None:
+    config = CONFIG.model_copy(update={"prompts_at_once": prompts_at_once, "max_new_tokens": 30})
+    with start(tmp_path, config=config) as generator:
+        groups = generate(generator, REQUESTS, SamplingPlan(num_samples=64))
 
     completions = [item for group in groups for item in group]
+    assert len({len(item.token_ids) for item in completions}) > 3, "rows have to leave the batch at different tokens"
     batch = collate([TokenSequence(item.prompt_ids, item.token_ids) for item in completions])
     logprobs = compute_logprobs(load_policy(tmp_path / "first", torch.float32), batch, temperature=0.7)
     for item, row, mask in zip(completions, logprobs, batch.completion_mask, strict=True):
