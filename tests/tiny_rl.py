@@ -5,6 +5,7 @@ python -m tests.tiny_rl DIRECTORY SETTINGS_AS_JSON
 
 import hashlib
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,17 +86,26 @@ def read_prompt_list(directory: Path) -> list[Prompt]:
     return read_prompts(directory / "data", "train")
 
 
-def run(directory: Path, generation: GenerationConfig = GENERATION, **settings: Any) -> Result:
-    """Train in `directory`/work, resuming what is there, and publish into `directory`/out."""
+def run(
+    directory: Path, generation: GenerationConfig = GENERATION, stop_after: int | None = None, **settings: Any
+) -> Result:
+    """Train in `directory`/work, resuming what is there, and publish into `directory`/out.
+
+    With `stop_after`, SIGTERM comes right after that update.
+    """
     inputs = make_inputs(directory)
     config = RlConfig.model_validate(SETTINGS | settings)
     work, out = directory / "work", directory / "out"
     work.mkdir(exist_ok=True)
     outputs = PolicyOutputs(out / "policy", out / "policy_last", out / "ledger", out / "checkpoints")
     with (directory / STEPS).open("a", buffering=1) as steps:
-        return train_policy(
-            inputs, config, generation, work, outputs, log_metrics=lambda _, step: print(step, file=steps)
-        )
+
+        def log_metrics(_: dict[str, float], step: int) -> None:
+            print(step, file=steps)
+            if step == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+
+        return train_policy(inputs, config, generation, work, outputs, log_metrics)
 
 
 def hash_policy(directory: Path, name: str = "policy_last") -> str:

@@ -140,6 +140,8 @@ class Loop:
             if mini_batch is not None:
                 return mini_batch
             logger.warning("nothing to learn from these prompts, others are sampled update=%d", version)
+            if sampling.published < version:
+                self.publish()  # a run that was stopped here has no older weights to sample the others by
             sampling.discard(sampled, version, "no_signal")
         raise RunError(
             f"{MAX_EMPTY_BATCHES} mini-batches in a row gave nothing to learn from: the reward model does not tell the "

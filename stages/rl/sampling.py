@@ -113,7 +113,6 @@ class Sampling:
     def state(self) -> dict[str, Any]:
         """What a resume needs, as JSON; the groups themselves are in the ledger."""
         return {
-            "published": self.published,
             "num_consumed": self._admission.num_consumed,
             "next_ticket": self._admission.next_ticket,
             "ready": dict(self._recorded),
@@ -132,7 +131,7 @@ class Sampling:
         Call it once the weights of version `update` are published.
         """
         admission = self._admission
-        self.published = state["published"]
+        self.published = update
         admission.num_consumed, admission.next_ticket = state["num_consumed"], state["next_ticket"]
         self.num_samples, self.dropped = state["num_samples"], Counter(state["dropped"])
         for (number, attempt), group in groups.items():

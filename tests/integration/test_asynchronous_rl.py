@@ -229,6 +229,32 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_of_its_last_update(
     assert tiny_rl.read_steps(directory) == [0, *(update + 1 for update in updates)]
 
 
+def test_a_run_stopped_amid_a_rollout_replaces_what_gave_no_signal_as_one_that_never_was(
+    inputs: Path, tmp_path: Path
+) -> None:
+    # Two completions of three tokens at most: nearly every second pair has no end and no difference of scores.
+    generation = tiny_rl.GENERATION.model_copy(update={"max_new_tokens": 3})
+    settings = LONG | {
+        **{"algorithm": {"name": "online_dpo", "samples_per_prompt": 2}, "prompts_per_update": 1},
+        **{"max_staleness": 3, "updates_per_rollout": 4, "checkpoint_every": 1000, "eval_every": 24},
+    }
+    whole, stopped = copy_inputs(inputs, tmp_path / "whole"), copy_inputs(inputs, tmp_path / "stopped")
+    tiny_rl.run(whole, generation, **settings)
+
+    stops = (2, 5, 9, 14, 18, 21)
+    for update in stops:
+        with pytest.raises(SystemExit):
+            tiny_rl.run(stopped, generation, stop_after=update, **settings)
+    tiny_rl.run(stopped, generation, **settings)
+
+    discarded = [event for event in read_ledger(stopped / "out/ledger").events if event.kind == "discarded"]
+    after_stop = [event.update for event in discarded if any(0 <= event.update - stop < 4 - stop % 4 for stop in stops)]
+    assert len(after_stop) > 2, "what was stopped has to sample replacements before its next rollout"
+    assert tiny_rl.hash_policy(stopped) == tiny_rl.hash_policy(whole)
+    for run in (whole, stopped):
+        assert [line for check in check_ledger(run / "out/ledger") for line in check.violations] == []
+
+
 def test_a_ledger_of_other_settings_is_neither_resumed_nor_replayed(inputs: Path, tmp_path: Path) -> None:
     directory = copy_inputs(inputs, tmp_path / "run")
     tiny_rl.run(directory, max_staleness=1)
