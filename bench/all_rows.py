@@ -99,7 +99,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
         ),
         Script(
             "overlap.py",
-            ("--rounds", "1", "--updates", "5", "--arms", "sync, one core each", "async 1, drain", *given),
+            ("--rounds", "1", "--updates", "4", "--arms", "sync, one core each", "async 1, drain", *given),
             (
                 Figure("overlap efficiency", read_async("overlap_efficiency"), at_least=0.90),
                 Figure("publish / wall, between updates", read_async("publish_share"), at_most=0.02),
@@ -110,7 +110,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
             "memory.py",
             (
                 *("--model", sft, "--reward", reward, "--algorithms", "ppo", "remax"),
-                *("--trainable-layers", "all", "--updates", "2", "--completions", "4"),
+                *("--trainable-layers", "all", "--updates", "1", "--completions", "4", "--bytes-only"),
             ),
             (Figure("ReMax's saving against PPO, by the paper's sum", lambda r: r["computed_7b"]["paper"]),),
             needs_inputs=True,
@@ -163,7 +163,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
         ),
         Script(
             "ranks.py",
-            ("--model", sft, "--arms", "2", "--updates", "1"),
+            ("--model", sft, "--arms", "2", "--updates", "1", "--sequences", "4"),
             (Figure("held by a rank of 2 / by 1", read_held),),
             needs_inputs=True,
         ),
@@ -173,7 +173,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
         ),
         Script(
             "throughput.py",
-            ("--model", sft, "--rounds", "1", "--prompts", "4", "--arms", "0", "1"),
+            ("--model", sft, "--rounds", "3", "--prompts", "4", "--arms", "0", "1"),
             (
                 Figure("learner / plain step, RLOO", read_throughput("rloo, 12 layers"), at_least=1.3),
                 Figure("learner / plain step, RLOO, all layers", read_throughput("rloo, all layers"), at_least=1.3),

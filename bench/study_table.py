@@ -9,6 +9,7 @@ from study_grids import Study
 
 LARGE = 16
 """N of the stalest cells."""
+LOSSES = {"gold_win_rate": "of the gold win-rate", "proxy_mean_policy": "of the score", "kl_nats": "nats of KL"}
 UNITS = {"samples": "completions", "elapsed_s": "seconds"}
 
 
@@ -46,14 +47,16 @@ def list_rows(study: Study, cells: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def list_losses(series: str, cells: list[dict[str, Any]]) -> Iterator[str]:
-    """Gold win-rate on policy less that at the largest N, seed by seed."""
+    """Gold win-rate, score and KL on policy less those at the largest N, seed by seed."""
     for (name,), members in group(cells, [series]).items():
-        rates = {(cell["N"], cell["seed"]): cell["gold_win_rate"] for cell in members}
-        seeds = [seed for n, seed in rates if n == 1 and (LARGE, seed) in rates]
-        losses = [rates[1, seed] - rates[LARGE, seed] for seed in sorted(seeds)]
-        if losses:
-            spread = f" ± {statistics.stdev(losses):.2f}" if len(losses) > 1 else ""
-            yield f"- {name}: from N = 1 to N = {LARGE} it loses {statistics.mean(losses):+.2f}{spread} ({len(losses)})"
+        found = {(cell["N"], cell["seed"]): cell for cell in members}
+        pairs = [(found[1, seed], found[LARGE, seed]) for n, seed in sorted(found) if n == 1 and (LARGE, seed) in found]
+        if pairs:
+            losses = [
+                f"{describe([{column: fresh[column] - stale[column]} for fresh, stale in pairs], column)} {title}"
+                for column, title in LOSSES.items()
+            ]
+            yield f"- {name}: from N = 1 to N = {LARGE} it loses {', '.join(losses)} ({len(pairs)})"
 
 
 def list_speeds(cells: list[dict[str, Any]]) -> Iterator[str]:
