@@ -15,7 +15,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,13 +23,12 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
 from default_run import git
+from peak_memory import PeakMemory
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 UPSTREAM = ("prepare_model", "prepare_data", "train_sft", "label_pairs", "train_reward")
-POLL_S = 1.0
 MAX_ATTEMPTS = 2
 """Of a cell that fails: once may be the machine's doing."""
 CELL_TIMEOUT_S = 7200.0
@@ -174,13 +172,13 @@ def run_cell(cell: Cell, base: Path, clone: Path) -> dict[str, Any]:
     # Hard links: what RL adds goes with the clone, or the base's cache would grow by two models a cell.
     subprocess.run(["cp", "-al", str(base / ".dvc/cache"), str(clone / ".dvc/cache")], check=True)
     edit_params(clone, cell.settings)
-    with PeakMemory(clone) as memory:
+    with PeakMemory() as memory:
         # A stage that is named restores nothing of those before it.
         ran = run_pipeline(clone, (*UPSTREAM, *cell.stages) if cell.stages else ())
     if set(ran) & set(UPSTREAM):
         raise SystemExit(f"{cell.key}: ran {ran}; only RL and evaluation should have")
     judged = {} if cell.stages else read_judged(clone)
-    result = judged | read_trained(clone) | {"learner_peak_gib": memory.peak_gib}
+    result = judged | read_trained(clone) | {"learner_peak_gib": memory.resident_gib.get("train_policy", 0.0)}
     shutil.rmtree(clone)
     return result
 
@@ -279,31 +277,3 @@ def run_pipeline(clone: Path, stages: tuple[str, ...]) -> list[str]:
     if done.returncode:
         raise CellError(next((line for line in reversed(lines) if line.strip()), f"exit code {done.returncode}"))
     return [line.split("'")[1] for line in lines if line.startswith("Running stage '")]
-
-
-class PeakMemory:
-    """Largest resident memory of the process that trains in a clone, looked at once a second."""
-
-    def __init__(self, clone: Path) -> None:
-        self.peak_gib = 0.0
-        self._clone = str(clone)
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "PeakMemory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        us = psutil.Process()
-        while not self._is_over.wait(POLL_S):
-            for process in us.children(recursive=True):
-                try:
-                    if process.cmdline()[1:3] == ["-m", "stages.train_policy"] and process.cwd() == self._clone:
-                        self.peak_gib = max(self.peak_gib, process.memory_info().rss / 2**30)
-                except psutil.Error:
-                    continue  # it ended meanwhile

@@ -1,8 +1,9 @@
-"""The default pipeline on several seeds, each in a fresh clone; writes every metric and stage time as JSON.
+"""The default pipeline on several seeds, each in a fresh clone; writes metrics, and seconds and memory by stage.
 
-    python bench/default_run.py --seeds 0 1 2 --out docs/benchmarks/2026-11-21-default-run.json
+    python bench/default_run.py --seeds 0 1 2 --out FILE.json
 
 Every seed of params.yaml is set to the run's seed, so data, SFT, pairs, reward model, RL and evaluation all differ.
+A file that is there is not written over: name another one.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peak_memory import PeakMemory
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="other settings to change")
     parser.add_argument("--workspace", type=Path, default=None, help="where the clones go; kept if given")
     arguments = parser.parse_args()
+    if arguments.out.exists():
+        raise SystemExit(f"--out {arguments.out}: holds the runs of an earlier call; name another file")
     workspace = arguments.workspace or Path(tempfile.mkdtemp(prefix="default-run-"))
     report: dict[str, Any] = {"commit": git("rev-parse", "HEAD"), "machine": describe_machine(), "runs": {}}
     for seed in arguments.seeds:
@@ -43,11 +47,13 @@ def run_seed(seed: int, clone: Path, settings: dict[str, str]) -> dict[str, Any]
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     edit_params(clone / "params.yaml", seed, settings)
     started = time.monotonic()
-    subprocess.run([sys.executable, "-m", "flows.dvc"], cwd=clone, check=True, env=os.environ | {"PYTHONPATH": "."})
+    with PeakMemory(totals=True) as memory:
+        subprocess.run([sys.executable, "-m", "flows.dvc"], cwd=clone, check=True, env=os.environ | {"PYTHONPATH": "."})
     wall_s = time.monotonic() - started
     metrics = {path.stem: json.loads(path.read_text()) for path in sorted((clone / "metrics").glob("*.json"))}
     timings = json.loads((clone / ".slipstream/timings.json").read_text())
-    return {"wall_s": wall_s, "stage_s": timings, "metrics": metrics}
+    peaks = {"resident_gib": memory.resident_gib, "total_gib": memory.total_gib}
+    return {"wall_s": wall_s, "stage_s": timings, "memory": peaks, "metrics": metrics}
 
 
 def edit_params(path: Path, seed: int, settings: dict[str, str]) -> None:

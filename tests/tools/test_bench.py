@@ -85,6 +85,8 @@ def test_default_run_measures_a_seed_in_a_fresh_clone(default_run: Path) -> None
     measured = json.loads((default_run / "out.json").read_text())["runs"]["3"]
     assert measured["metrics"]["judge"]["num_prompts"] == 8
     assert measured["stage_s"].keys() >= {"train_sft", "train_policy", "judge_policy"}
+    assert measured["memory"]["resident_gib"]["train_policy"] > 0.1
+    assert measured["memory"]["total_gib"]["train_policy"] > 0.1
 
 
 @pytest.fixture(scope="module")
