@@ -8,7 +8,7 @@ from stages.common.errors import SettingError
 from stages.common.tracking import TrackingConfig
 from stages.data.config import DataConfig
 from stages.data.scorers import RuleScorer
-from stages.generation.config import GenerationConfig
+from stages.generation.config import GenerationConfig, require_engine
 from stages.generation.engine_args import check_engine_args
 from stages.judge.config import JudgeConfig
 from stages.judge.gate import GateConfig
@@ -87,6 +87,7 @@ def _check_combinations(path: Path) -> list[str]:
         )
     try:
         check_greedy_max_tokens(rl.algorithm, generation.max_new_tokens)
+        require_engine(generation, rl.generator, rl.weight_update, rl.publish)
     except SettingError as error:
         problems.append(str(error))
     reward = load_section("reward", RewardConfig, path)

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from stages.common.config import Section
+from stages.common.errors import SettingError
 from stages.generation.engine_args import refuse_reserved
 
 FILE = "file:"
@@ -66,6 +67,29 @@ class GenerationConfig(Section):
         return self
 
 
+def require_engine(generation: GenerationConfig, fleet: "FleetConfig", weight_update: str, publish: str) -> None:
+    """Refuse what the engine does not do.
+
+    Raises:
+        SettingError: a setting of section `rl` that only vLLM's servers have.
+    """
+    if generation.engine == "vllm":
+        return
+    allowed = {
+        "rl.weight_update": (weight_update, "drain"),
+        "rl.publish": (publish, "files"),
+        "rl.generator.urls": (list(fleet.urls), []),
+        "rl.generator.replicas": (fleet.replicas, 1),
+        "rl.generator.kv_cache": (fleet.kv_cache, "keep"),
+    }
+    for name, (value, only) in allowed.items():
+        if value != only:
+            raise SettingError(
+                f"{name}={value!r} needs generation.engine='vllm'; with 'transformers', which samples in the learner's "
+                f"process, allowed: {only!r}"
+            )
+
+
 def _require_url(url: str) -> None:
     """What a server is looked for at without end must at least be able to be one."""
     if url.startswith(FILE):
@@ -92,7 +116,7 @@ class FleetConfig(Section):
 again whenever the server is lost, so that another may take its place: see remote.py."""
     weights_dir: str | None = None
     """Where weights are published; must be seen by every server under this path. None: shared memory, or the work
-    directory where there is none."""
+    directory where there is none or too little."""
     kv_cache: Literal["keep", "recompute"] = "keep"
     """Of completions that are running when weights are swapped in flight. keep: their earlier tokens' keys and values
     stay those of the older weights. recompute: computed anew, at the price of a prefill."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from stages.common.errors import GeneratorError
+from stages.common.errors import GeneratorError, RunError
 from stages.common.process import GuardedProcess
 from stages.generation.config import FleetConfig
 from stages.generation.probe import ProbeCheck
@@ -17,6 +18,8 @@ from stages.generation.protocol import Group, Ticket, WeightsUpdate
 from stages.generation.remote import locate
 from stages.generation.transfer import Channel, MakeChannel, transfer
 from stages.generation.vllm_client import VllmClient
+
+logger = logging.getLogger(__name__)
 
 HEALTH_POLL_S = 0.25
 STOP_S = 5.0
@@ -132,6 +135,11 @@ class Replica:
         try:
             async with asyncio.timeout(self.swap_timeout_s):
                 await self._load(update, pause=pause)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"weights were not swapped within {self.swap_timeout_s:g} s, "
+                "rl.generator.heartbeat_timeout_s + generation.request_timeout_s"
+            ) from error
         finally:
             self.loading = None
 
@@ -268,7 +276,11 @@ class Replica:
 
     async def _is_healthy(self) -> bool:
         if self.launch is None:
-            self.url = locate(self.address)  # another server may have taken its place
+            try:
+                self.url = locate(self.address)  # another server may have taken its place
+            except RunError as error:
+                logger.warning("%s is looked for again: %s", self.name, error)  # a network disk may be away for a while
+                return False
             if not self.url:
                 return False
         try:

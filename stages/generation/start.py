@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from stages.common.errors import SettingError
-from stages.generation.config import FleetConfig, GenerationConfig, Publish
+from stages.generation.config import FleetConfig, GenerationConfig, Publish, require_engine
 from stages.generation.protocol import Generator, RecordSpan
 from stages.models.load import load_tokenizer, require_context
 
@@ -55,10 +54,11 @@ def start_generator(
         record: told what each server does when.
 
     Raises:
-        SettingError: weights cannot be swapped in flight, or without files, in this engine; or prompt and completion
-            are longer than the model can read.
+        SettingError: the engine cannot do what the other settings ask for, or prompt and completion are longer than
+            the model can read.
     """
     settings = settings or GeneratorSettings()
+    require_engine(config, settings.fleet, settings.weight_update, settings.publish)
     lengths = f"generation.max_prompt_tokens={config.max_prompt_tokens} + max_new_tokens={config.max_new_tokens}"
     require_context(model, config.max_prompt_tokens + config.max_new_tokens, lengths)
     tokenizer = load_tokenizer(model)
@@ -83,14 +83,6 @@ def start_generator(
     else:
         from stages.generation.transformers_generator import TransformersGenerator
 
-        if settings.weight_update == "in_flight":
-            raise SettingError(
-                "rl.weight_update='in_flight' needs generation.engine='vllm'; the transformers engine can only 'drain'"
-            )
-        if settings.publish != "files":
-            raise SettingError(
-                f"rl.publish={settings.publish!r} needs generation.engine='vllm'; the transformers engine reads 'files'"
-            )
         generator = TransformersGenerator(
             model, config, tokenizer=tokenizer, policy_version=settings.policy_version, record=record
         )

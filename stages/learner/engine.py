@@ -103,7 +103,9 @@ class Learner:
         self._engine.step()
         grad_norm = float(self._clip.norm if self._clip else self._engine.get_global_grad_norm())
         if not grad_norm <= self._config.stop_grad_norm:  # also true for NaN
-            self._fail(f"gradient norm {grad_norm:.4g} exceeds {self._config.stop_grad_norm:.4g}", micro_batches)
+            self._fail(
+                f"gradient norm {grad_norm:.4g} exceeds stop_grad_norm={self._config.stop_grad_norm:.4g}", micro_batches
+            )
         metrics = merge_means(parts[:num_real])
         metrics["learner/grad_norm"] = Mean(grad_norm, 1)
         metrics["learner/lr"] = Mean(compute_lr(self._config, self._updates, self._total_updates), 1)

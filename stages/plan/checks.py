@@ -76,8 +76,6 @@ def check_sampling(settings: Settings) -> Iterator[Finding]:
         yield Finding(
             "ok", f"sampled and trained distribution are one: temperature {settings.generation.temperature:g}, no top-p"
         )
-    if settings.rl.weight_update == "in_flight" and settings.generation.engine != "vllm":
-        yield Finding("wrong", "rl.weight_update='in_flight' needs generation.engine='vllm'; set 'drain'")
     if settings.rl.max_staleness and isinstance(settings.rl.algorithm, BestOfNConfig):
         yield Finding("note", "best_of_n imitates samples of older weights as they are: it has no correction")
 

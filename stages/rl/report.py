@@ -20,6 +20,7 @@ def summarise(result: Result, num_updates: int) -> dict[str, Any]:
     trained = progress.staleness.total()
     return {
         "updates": num_updates,
+        "num_prompts_too_long": result.num_prompts_too_long,
         "samples_total": progress.num_samples,
         "score_first": first.score,
         "score_last": last.score,

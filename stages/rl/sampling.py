@@ -181,8 +181,9 @@ class Sampling:
             if self._silence_s > self._parts.stall_timeout_s:
                 waiting = [n for n, entry in self._admission.outstanding.items() if not entry.is_ready]
                 raise RunError(
-                    f"nothing came from the generator for rl.stall_timeout_s={self._parts.stall_timeout_s:.0f} while "
-                    f"{len(waiting)} prompts are with it; published policy_version={self.published}"
+                    f"nothing came from the generator or from scoring for rl.stall_timeout_s="
+                    f"{self._parts.stall_timeout_s:.0f} while {len(waiting)} prompts of training, or those of an "
+                    f"evaluation, are with them; published policy_version={self.published}"
                 )
             if arrivals:
                 return

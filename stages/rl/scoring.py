@@ -96,9 +96,9 @@ class ProcessSettings:
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to our environment, such as CUDA_VISIBLE_DEVICES."""
     timeout_s: float = 120.0
-    """Seconds one group may take."""
-    start_timeout_s: float = 600.0
-    """Seconds until the models are loaded."""
+    """Seconds one group may take, `rl.score_timeout_s`."""
+    start_timeout_s: float = 300.0
+    """Seconds until the models are loaded, `generation.start_timeout_s`."""
     max_restarts: int = 3
     """Times in a row it may be lost, without a result in between, and started again."""
 
@@ -233,7 +233,10 @@ class ScoringProcess:
             raise _ClosedError
         self._num_losses += 1
         if self._num_losses > self._settings.max_restarts:
-            raise RunError(f"the scoring process {how}, {self._num_losses} times in a row; {child.describe_log()}")
+            raise RunError(
+                f"the scoring process {how}, {self._num_losses} times in a row "
+                f"(rl.generator.max_restarts={self._settings.max_restarts}); {child.describe_log()}"
+            )
         restarts = f"{self._num_losses}/{self._settings.max_restarts}"
         logger.warning("the scoring process %s, starting it again restart=%s", how, restarts)
 
@@ -254,7 +257,7 @@ class _Child:
         self._settings = settings
         self._key = secrets.token_bytes(2 * KEY_HALF)
         self._connection: Connection[Any, Any] | None = None
-        self._exceeded_s: float | None = None
+        self._exceeded = ""
         self._server = socket.create_server(("127.0.0.1", 0))
         self._server.settimeout(0.2)
         port = str(self._server.getsockname()[1])
@@ -271,7 +274,7 @@ class _Child:
     def load(self) -> None:
         """Wait until its models are loaded."""
         if self._connection is None:
-            with self._deadline(self._settings.start_timeout_s):
+            with self._deadline("generation.start_timeout_s", self._settings.start_timeout_s):
                 self._connection = self._accept()
                 self._ask(self._connection, self._job)
 
@@ -279,7 +282,7 @@ class _Child:
         """What it answers for a group."""
         self.load()
         assert self._connection is not None
-        with self._deadline(self._settings.timeout_s):
+        with self._deadline("rl.score_timeout_s", self._settings.timeout_s):
             scored: ScoredGroup = self._ask(self._connection, group)
         return scored
 
@@ -293,8 +296,8 @@ class _Child:
         self._server.close()
         if self._connection is not None:
             self._connection.close()
-        if self._exceeded_s is not None:
-            return f"gave no answer within {self._exceeded_s:g} s"
+        if self._exceeded:
+            return f"gave no answer within {self._exceeded} s"
         return f"ended with exit code {code}"
 
     def describe_log(self) -> str:
@@ -337,9 +340,9 @@ class _Child:
         return answer
 
     @contextlib.contextmanager
-    def _deadline(self, timeout_s: float) -> Iterator[None]:
+    def _deadline(self, setting: str, timeout_s: float) -> Iterator[None]:
         """Kill the process if the block takes longer: whatever the block waits for then ends."""
-        timer = threading.Timer(timeout_s, self._expire, [timeout_s])
+        timer = threading.Timer(timeout_s, self._expire, [f"{setting}={timeout_s:g}"])
         timer.daemon = True
         timer.start()
         try:
@@ -347,8 +350,8 @@ class _Child:
         finally:
             timer.cancel()
 
-    def _expire(self, timeout_s: float) -> None:
-        self._exceeded_s = timeout_s
+    def _expire(self, limit: str) -> None:
+        self._exceeded = limit
         self.kill()
 
 

@@ -52,8 +52,11 @@ class GroupScorer:
         return ScoredGroup(tuple(scores), logprobs)
 
     def _select_rows(self, group: Group, scores: Sequence[float]) -> list[int]:
+        sampled = [row for row, completion in enumerate(group) if not completion.is_greedy]
+        if len(sampled) < self._job.algorithm.num_samples:
+            return []  # an evaluation's: nobody trains on it, and the algorithm could not choose among so few
         if self._scorer is None:
-            return [row for row, completion in enumerate(group) if not completion.is_greedy]
+            return sampled
         units, _ = self._job.algorithm.select(build_rollout([group], scores))
         return sorted({row for unit in units for row in unit.rows})
 

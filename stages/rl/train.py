@@ -91,6 +91,7 @@ class Result:
     timeline: Timeline
     dropped: dict[str, int]
     publish_bytes: int
+    num_prompts_too_long: int
 
 
 def train_policy(
@@ -127,9 +128,9 @@ def train_policy(
             training, progress = _make_training(setting, timeline, log_metrics, ranks), Progress()
             replay(recording, training, progress)
             _save(training, progress, Path(config.replay_from), save_to)
-        return Result(progress, timeline, {}, 0)
+        return Result(progress, timeline, {}, 0, prompts.num_too_long)
     with ExitStack() as stack:
-        scratch = stack.enter_context(open_scratch(config.generator.weights_dir, workdir / "weights"))
+        scratch = stack.enter_context(_open_scratch(setting))
         stop = stack.enter_context(StopSignals())
         generator = stack.enter_context(_start_generator(setting, timeline, scratch))
         ranks = stack.enter_context(_open_ranks(setting))
@@ -144,7 +145,8 @@ def train_policy(
         progress.num_samples = parts.sampling.num_samples
         ledger.flush()
         _save(training, progress, ledger.path, save_to)
-    return Result(progress, timeline, dict(parts.sampling.dropped), parts.publisher.num_bytes)
+    dropped = dict(parts.sampling.dropped)
+    return Result(progress, timeline, dropped, parts.publisher.num_bytes, prompts.num_too_long)
 
 
 def _place(config: RlConfig, generation: GenerationConfig) -> Placement:
@@ -193,6 +195,8 @@ def make_header(setting: "_Setting") -> LedgerHeader:
 class _Prompts:
     train: list[Request]
     validation: list[Request]
+    num_too_long: int
+    """Training prompts that were dropped."""
 
 
 @dataclass(frozen=True)
@@ -210,14 +214,28 @@ class _Setting:
 
 def _read_prompts(inputs: PolicyInputs, config: RlConfig, generation: GenerationConfig) -> _Prompts:
     tokenizer = load_tokenizer(inputs.sft)
-    train, _ = make_requests(read_prompts(inputs.data, "train"), tokenizer, generation, config.seed)
-    validation, _ = make_requests(
+    train, num_too_long = make_requests(read_prompts(inputs.data, "train"), tokenizer, generation, config.seed)
+    validation, num_validation_too_long = make_requests(
         read_prompts(inputs.data, "validation"), tokenizer, generation, derive_seed(config.seed, "validation")
     )
+    limit = f"generation.max_prompt_tokens={generation.max_prompt_tokens}"
     if not train or not validation:
-        limit = generation.max_prompt_tokens
-        raise InputError(f"{inputs.data}: no prompt fits into generation.max_prompt_tokens={limit}")
-    return _Prompts(train, validation[: config.num_eval_prompts])
+        raise InputError(f"{inputs.data}: no prompt fits into {limit}")
+    if num_too_long or num_validation_too_long:
+        logger.warning(
+            "dropped, longer than %s: %d of %d training prompts, %d of %d validation prompts",
+            *(limit, num_too_long, len(train) + num_too_long),
+            *(num_validation_too_long, len(validation) + num_validation_too_long),
+        )
+    if len(validation) < config.num_eval_prompts:
+        logger.warning("evaluations have %d prompts, rl.num_eval_prompts=%d", len(validation), config.num_eval_prompts)
+    return _Prompts(train, validation[: config.num_eval_prompts], num_too_long)
+
+
+def _open_scratch(setting: _Setting) -> AbstractContextManager[Path]:
+    weights = setting.inputs.sft.glob("*.safetensors") if setting.config.publish == "files" else ()
+    num_bytes = sum(path.stat().st_size for path in weights)  # in bf16, as they are published
+    return open_scratch(setting.config.generator.weights_dir, setting.workdir / "weights", num_bytes)
 
 
 def _start_generator(setting: _Setting, timeline: Timeline, scratch: Path) -> AbstractContextManager[Generator]:
@@ -320,6 +338,7 @@ def _scoring_starter(setting: _Setting, preparation: Preparation) -> StartScorin
         # LOCAL_RANK is the learner's otherwise, which counts all GPUs.
         env={"CUDA_VISIBLE_DEVICES": name_visible_gpus(on), "LOCAL_RANK": "0"} if is_gpu else {},
         timeout_s=config.score_timeout_s,
+        start_timeout_s=setting.generation.start_timeout_s,
         max_restarts=config.generator.max_restarts,
     )
     return lambda on_result, on_failure: ScoringProcess(job, settings, on_result, on_failure)

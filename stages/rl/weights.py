@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -14,10 +15,13 @@ from typing import Protocol
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stages.common.errors import RunError
+from stages.common.publish import sync_path, sync_tree
 from stages.data.batches import collate
 from stages.data.text import TokenSequence
 from stages.generation.config import Publish
@@ -26,10 +30,14 @@ from stages.learner.ranks import ALONE, Ranks
 from stages.models.load import name_as_stored, select_device
 from stages.rl.rollouts import Reference
 
+logger = logging.getLogger(__name__)
+
 CollectWeights = Callable[[], dict[str, Tensor]]
 """Every weight of a model by name; `Learner.collect_weights`."""
 SHARED_MEMORY = Path("/dev/shm")
 PROBE_TOKENS = 64
+NUM_VERSIONS = 3
+"""Published ones there may be at once: one being written, the newest, and one that a server still loads."""
 _PREFIX = "slipstream-"
 _LOCK = ".lock"
 """Held by the run whose directory it is in."""
@@ -93,10 +101,22 @@ class FilesPublisher:
         directory.mkdir(parents=True, exist_ok=True)
 
     def write(self, learner: Published, policy_version: int) -> WeightsUpdate:
-        """See `Publisher.write`: a file, whole or absent."""
+        """See `Publisher.write`: a file, whole or absent.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         target = self._directory / f"v{policy_version}.safetensors"
         staged = target.with_suffix(".part")
-        save_file(learner.collect_trained(), staged, metadata={"policy_version": str(policy_version)})
+        tensors = learner.collect_trained()
+        try:
+            save_file(tensors, staged, metadata={"policy_version": str(policy_version)})
+        except (OSError, SafetensorError) as error:
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            raise RunError(
+                f"{self._directory}: weights of {size:,} bytes cannot be published there: {error}; "
+                "rl.generator.weights_dir names another directory"
+            ) from error
         staged.replace(target)
         self.num_bytes = target.stat().st_size
         return WeightsUpdate(policy_version, target, self._probe.compute(learner.model), is_temporary=True)
@@ -145,8 +165,7 @@ def export_policy(collect: CollectWeights, template: Path, policy_version: int, 
     weights = name_as_stored(collect(), template)
     save_file(weights, staged / "model.safetensors", metadata={"format": "pt"})
     (staged / "version.json").write_text(json.dumps({"policy_version": policy_version}))
-    shutil.rmtree(target, ignore_errors=True)
-    staged.rename(target)
+    _put_in_place(staged, target)
 
 
 def link_policy(source: Path, target: Path) -> None:
@@ -159,8 +178,15 @@ def link_policy(source: Path, target: Path) -> None:
     staged = target.with_name(f".{target.name}.part")
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(source, staged, copy_function=_link_or_copy)
+    _put_in_place(staged, target)
+
+
+def _put_in_place(staged: Path, target: Path) -> None:
+    """On disk before it has its name: a checkpoint that names it survives the loss of the machine, so it must too."""
+    sync_tree(staged)
     shutil.rmtree(target, ignore_errors=True)
     staged.rename(target)
+    sync_path(target.parent)
 
 
 def copy_policy(source: Path, target: Path) -> None:
@@ -169,22 +195,20 @@ def copy_policy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def open_scratch(weights_dir: str | None, fallback: Path) -> Iterator[Path]:
+def open_scratch(weights_dir: str | None, fallback: Path, num_bytes: int) -> Iterator[Path]:
     """A directory for published weights: as set, in shared memory, or on disk; removed afterwards.
 
     What a killed run left in shared memory is removed by the guards of its servers, and here if they were killed too.
 
     Args:
         weights_dir: `rl.generator.weights_dir`.
-        fallback: used where there is no shared memory.
+        fallback: used where there is no shared memory, or too little of it.
+        num_bytes: of the largest version.
     """
-    if weights_dir is not None:
-        parent = Path(weights_dir)
-    else:
-        parent = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else fallback
+    if weights_dir is None and os.access(SHARED_MEMORY, os.W_OK):
+        _remove_orphans(SHARED_MEMORY)  # elsewhere, the processes of other machines cannot be seen
+    parent = Path(weights_dir) if weights_dir is not None else _choose_parent(fallback, NUM_VERSIONS * num_bytes)
     parent.mkdir(parents=True, exist_ok=True)
-    if parent == SHARED_MEMORY:  # elsewhere, the processes of other machines cannot be seen
-        _remove_orphans(parent)
     directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
     with (directory / _LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -192,6 +216,20 @@ def open_scratch(weights_dir: str | None, fallback: Path) -> Iterator[Path]:
             yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _choose_parent(fallback: Path, num_bytes: int) -> Path:
+    """Shared memory, where it has room: a container's often has 64 MiB."""
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        return fallback
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free >= num_bytes:
+        return SHARED_MEMORY
+    logger.warning(
+        "weights are published on disk, in %s: %s has %d bytes free, %d versions may need %d",
+        *(fallback, SHARED_MEMORY, free, NUM_VERSIONS, num_bytes),
+    )
+    return fallback
 
 
 def _link_or_copy(source: str, target: str) -> None:

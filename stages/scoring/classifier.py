@@ -59,7 +59,7 @@ class ClassifierScorer:
         freeze(self._model)
         self._label = _find_label(self._model, settings)
         self._tokenizer = _prepare_tokenizer(load_tokenizer(path), self._model)
-        limits = (self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", None))
+        limits = (self._tokenizer.model_max_length, _count_positions(self._model))
         self._max_length = min(limit for limit in limits if limit is not None)
 
     def score(self, completions: Sequence[Completion]) -> list[float]:
@@ -146,6 +146,19 @@ def _read_content(directory: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.keys() != wanted or content["format"] != FORMAT:
         raise InputError(f"{path}: is not what train_reward writes; run that stage again (dvc repro)")
     return content
+
+
+def _count_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that it can read; None: its config has no limit.
+
+    In RoBERTa and its kin the first position comes after the padding's.
+    """
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    names = (name for name, _ in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((getattr(model.get_submodule(name), "padding_idx", None) for name in names), None)
+    return limit if padding is None else limit - int(padding) - 1
 
 
 def _find_label(model: PreTrainedModel, settings: ClassifierSettings) -> int:

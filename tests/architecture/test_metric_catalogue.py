@@ -124,7 +124,9 @@ def collect_judge_names() -> set[str]:
 def test_every_number_of_the_judge_and_of_the_policy_has_a_row(tmp_path: Path) -> None:
     evaluation = Evaluation(policy_version=0, score=0.5, kl_nats=0.0, completion_tokens=3.0, finished_fraction=1.0)
     progress = Progress(first=evaluation, best=evaluation, last=evaluation, staleness=Counter([0]))
-    result = Result(progress, Timeline(tmp_path / "timeline.jsonl"), dropped={}, publish_bytes=0)
+    result = Result(
+        progress, Timeline(tmp_path / "timeline.jsonl"), dropped={}, publish_bytes=0, num_prompts_too_long=0
+    )
     judged = {f"judge/{re.sub('^pass_at_[0-9]+', 'pass_at_{k}', name)}" for name in collect_judge_names()}
     evaluated = {f"eval/{name}" for name in asdict(evaluation)} - {"eval/policy_version"}
 

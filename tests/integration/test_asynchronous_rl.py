@@ -182,7 +182,11 @@ def finish(process: "subprocess.Popen[str]") -> int:
     "settings",
     [
         {"max_staleness": 1},
-        {"max_staleness": 3, "updates_per_rollout": 2, "score_on": "generator", "reference_on": "generator"},
+        {
+            **{"max_staleness": 3, "updates_per_rollout": 2, "score_on": "generator", "reference_on": "generator"},
+            # It can choose nothing of the one completion of an evaluation, and is charged for its KL.
+            "algorithm": {"name": "rloo", "samples_per_prompt": 2, "kl_coef": 0.05},
+        },
         {"max_staleness": 6, "updates_per_rollout": 2, "epochs_per_rollout": 2},
         PPO,
     ],

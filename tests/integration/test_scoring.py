@@ -21,6 +21,8 @@ from stages.data.records import Completion
 from stages.data.text import TokenSequence
 from stages.models.load import load_policy, load_tokenizer, save_model, select_device
 from stages.models.reward_model import init_reward_model
+from stages.rl.algorithm_config import RlooConfig
+from stages.rl.algorithms import ALGORITHMS
 from stages.rl.algorithms.online_dpo import OnlineDpo
 from stages.rl.algorithms.policy_gradient import SUM
 from stages.rl.algorithms.remax import Remax
@@ -228,7 +230,7 @@ def test_a_process_that_keeps_dying_is_given_up(job: ScoringJob, tmp_path: Path)
         first.kill()
         running.find_child(other_than=first).kill()
 
-        with pytest.raises(RunError, match=r"ended with exit code 137, 2 times in a row; .*scoring.log ends with:"):
+        with pytest.raises(RunError, match=r"exit code 137, 2 times in a row \(rl\..*=1\); .*scoring.log ends with:"):
             process.wait_until_ready()
 
         assert process.pid is None
@@ -274,11 +276,13 @@ def test_the_reference_is_only_asked_about_what_is_trained_on(job: ScoringJob) -
         normaliser=SUM,
     )
     remax = replace(job, algorithm=algorithm)
+    rloo = ALGORITHMS["rloo"](**RlooConfig(name="rloo").model_dump(exclude={"name"}))
 
     both = GroupScorer(remax).score(group)
-    without_scores = GroupScorer(replace(job, reward=None)).score(group)
+    without_scores = GroupScorer(replace(remax, reward=None)).score(group)
     without_reference = GroupScorer(replace(job, sft=None)).score(group)
-    tied = GroupScorer(job).score((samples[0], samples[0]))
+    tied = GroupScorer(job).score((samples[0],) * 4)
+    evaluated = GroupScorer(replace(job, algorithm=rloo)).score(samples[:1])
 
     assert both.reference_logprobs is not None
     assert [None if row is None else len(row) for row in both.reference_logprobs] == [
@@ -287,4 +291,6 @@ def test_the_reference_is_only_asked_about_what_is_trained_on(job: ScoringJob) -
     ]
     assert without_scores == ScoredGroup((), both.reference_logprobs)
     assert without_reference == ScoredGroup(both.scores, None)
-    assert tied.reference_logprobs == (None, None)
+    assert tied.reference_logprobs == (None,) * 4
+    assert evaluated.scores == pytest.approx(both.scores[:1], abs=1e-5)
+    assert evaluated.reference_logprobs == (None,)

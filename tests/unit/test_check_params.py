@@ -38,6 +38,19 @@ def test_sections_that_do_not_fit_together_are_refused(
     assert str(caught.value).startswith(message)
 
 
+def test_what_only_servers_can_do_is_refused_for_the_engine_in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = read_params()
+    params["generation"]["engine"] = "transformers"
+    params["rl"]["weight_update"] = "in_flight"
+    YAML().dump(params, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SettingError, match=r"^rl.weight_update='in_flight' needs generation.engine='vllm'"):
+        main()
+
+
 def test_a_task_with_a_rule_needs_no_room_for_a_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = read_params()
     params["data"]["task"] = {"name": "problems", "source": "inputs/data/a.jsonl"}

@@ -1044,8 +1044,9 @@ def test_every_prompt_finishes_exactly_once_whatever_the_servers_do(
     gc.collect()  # connections that were left open, while their warning is ignored
 
 
+@pytest.mark.parametrize("meanwhile", [json.dumps({"urls": [None]}), "{"], ids=["nobody", "cannot be read"])
 def test_another_server_takes_the_place_of_one_whose_address_is_looked_up(
-    servers: list[ScriptedServer], tmp_path: Path
+    servers: list[ScriptedServer], tmp_path: Path, meanwhile: str
 ) -> None:
     first, second = servers
     where = tmp_path / "generators.json"
@@ -1055,7 +1056,7 @@ def test_another_server_takes_the_place_of_one_whose_address_is_looked_up(
     with start_fleet([first], tmp_path, urls=(f"file:{where}#0",)) as fleet:
         fleet.submit(make_ticket(0))
         wait_until(first.samples)
-        where.write_text(json.dumps({"urls": [None]}))
+        where.write_text(meanwhile)
         first.go_away()
         events = collect(fleet, lambda events: len(lost(events)) == 1)
         where.write_text(json.dumps({"urls": [second.url]}))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from stages.common.errors import GeneratorError, SettingError
 from stages.data.batches import collate
 from stages.data.text import TokenSequence
-from stages.generation.config import GenerationConfig
+from stages.generation.config import FleetConfig, GenerationConfig
 from stages.generation.protocol import (
     Event,
     Finished,
@@ -173,11 +173,22 @@ def test_what_goes_wrong_in_the_background_is_raised_where_it_is_waited_for(tmp_
             generate(generator, REQUESTS, GREEDY)
 
 
-def test_weights_cannot_be_swapped_in_flight_here(tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path / "first")
-
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (GeneratorSettings(weight_update="in_flight"), r"rl.weight_update='in_flight' .*allowed: 'drain'"),
+        (GeneratorSettings(publish="nccl"), r"rl.publish='nccl' .*allowed: 'files'"),
+        (GeneratorSettings(fleet=FleetConfig(replicas=2)), r"rl.generator.replicas=2 .*allowed: 1"),
+        (
+            GeneratorSettings(fleet=FleetConfig(urls=("http://a:1",), weights_dir="/shared")),
+            r"rl.generator.urls=\['http://a:1'\] .*allowed: \[\]",
+        ),
+        (GeneratorSettings(fleet=FleetConfig(kv_cache="recompute")), r"rl.generator.kv_cache='recompute' .*: 'keep'"),
+    ],
+)
+def test_what_only_servers_can_do_is_refused(tmp_path: Path, settings: GeneratorSettings, message: str) -> None:
     with (
-        pytest.raises(SettingError, match=r"rl.weight_update='in_flight' needs generation.engine='vllm'"),
-        start_generator(model, CONFIG, log_dir=tmp_path, settings=GeneratorSettings(weight_update="in_flight")),
+        pytest.raises(SettingError, match=message),
+        start_generator(tmp_path, CONFIG, log_dir=tmp_path, settings=settings),
     ):
         pass

@@ -80,5 +80,5 @@ def test_a_gradient_norm_above_the_limit_stops_the_run(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"stop_grad_norm": 1e-6})
     learner = Learner(tiny_llama(), config, 2, tmp_path)
 
-    with pytest.raises(NonFiniteLossError, match=r"gradient norm .* exceeds 1e-06"):
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm .* exceeds stop_grad_norm=1e-06"):
         learner.update([collate(SEQUENCES)], negative_logprob)

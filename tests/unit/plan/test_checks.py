@@ -43,11 +43,6 @@ def test_the_default_settings_have_nothing_wrong(tmp_path: Path) -> None:
         ({"rl__learner__offload_optimizer": "cpu"}, "not checked", "rl.learner: whether main memory holds what"),
         ({"rl__learner__micro_batch_tokens": 271}, "note", "rl.learner.micro_batch_tokens=271 holds no 272 tokens"),
         ({"rl__algorithm": {"name": "best_of_n"}}, "note", "best_of_n imitates samples of older weights"),
-        (
-            {"rl__weight_update": "in_flight", "generation__engine": "transformers"},
-            "wrong",
-            "rl.weight_update='in_flight' needs generation.engine='vllm'",
-        ),
     ],
 )
 def test_what_does_not_go_together_is_found(

@@ -107,7 +107,7 @@ def test_losses_without_end_are_no_sign_of_life(tmp_path: Path) -> None:
     sampling, _, _ = make_sampling(tmp_path, Losing, stall_timeout_s=0.1)
     sampling.request()
 
-    with pytest.raises(RunError, match=r"nothing came from the generator for rl\.stall_timeout_s=0 "):
+    with pytest.raises(RunError, match=r"nothing came from the generator or from scoring for rl\.stall_timeout_s=0 "):
         sampling.take(0)
 
 

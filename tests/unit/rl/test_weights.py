@@ -1,6 +1,7 @@
 """A version's tensors on their way out of the learner: as a file, or as a copy in memory."""
 
 import fcntl
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stages.common.errors import RunError
 from stages.learner.weights import collect_trained, collect_weights
 from stages.models.load import load_policy, select_trainable
 from stages.rl.weights import (
@@ -124,6 +126,28 @@ def test_what_killed_runs_left_is_removed_and_what_a_hidden_run_holds_is_not(
         directory.mkdir()
     with (held / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with open_scratch(None, tmp_path) as scratch:
+        with open_scratch(None, tmp_path, 0) as scratch:
             assert set(tmp_path.iterdir()) == {held, scratch}
     assert set(tmp_path.iterdir()) == {held}
+
+
+def test_shared_memory_that_is_too_small_for_the_weights_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, disk = tmp_path / "shared", tmp_path / "disk"
+    shared.mkdir()
+    monkeypatch.setattr("stages.rl.weights.SHARED_MEMORY", shared)
+    free = shutil.disk_usage(shared).free
+
+    with open_scratch(None, disk, free // 10) as roomy, open_scratch(None, disk, free) as tight:
+        assert (roomy.parent, tight.parent) == (shared, disk)
+
+
+def test_weights_that_cannot_be_published_name_the_directory_and_the_setting(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    publisher = FilesPublisher(tmp_path / "weights", PROBE)
+    (tmp_path / "weights").rmdir()
+
+    with pytest.raises(RunError, match=r"weights: weights of [\d,]+ bytes .*rl.generator.weights_dir"):
+        publisher.write(Trained(model), 1)

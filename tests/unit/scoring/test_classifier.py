@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from stages.common.errors import InputError
 from stages.data.records import Completion
@@ -100,6 +105,20 @@ def test_a_classifier_without_a_pad_token_scores_a_batch_as_it_scores_each_alone
     alone = [scorer.score([completion])[0] for completion in completions]
 
     assert scorer.score(completions) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_classifier_whose_positions_start_after_the_paddings_is_given_no_more_than_it_can_read(
+    path: Path, policy: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=18, pad_token_id=1, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    scores = start(tmp_path, policy, label="LABEL_1").score([complete("a" * length) for length in (2, 30)])
+
+    assert all(math.isfinite(score) for score in scores)
 
 
 def test_a_published_classifier_is_read_back_from_its_copy_alone(tmp_path: Path, policy: Path) -> None:
