@@ -27,6 +27,9 @@ same is assumed for the CUDA context."""
 RUNNING_BYTES = 0.11e9
 """What libraries take once a learner computes, beside every tensor: measured on CPU, between updates
 (docs/benchmarks/2026-11-21-memory.md)."""
+SERVER_BYTES = 2.3e9
+"""A vLLM server on CPU beside its weights and cache, in three processes; measured while a default run sampled
+(docs/benchmarks/2026-11-22-default-run.json: the stage's total less learner, scoring, weights and cache)."""
 DEFAULT_UTILIZATION = 0.92
 """vLLM's `--gpu-memory-utilization`: the share of a GPU that a server takes, whatever it needs."""
 GOLD_BATCH_TOKENS = 4096
@@ -277,7 +280,7 @@ def _list_servers(
             yield _make_process(stage, f"{name}, in process", devices.name(group[0]), [parts])
             continue
         held = _hold_cache(settings, parts, devices)
-        needs = held.total if devices.is_gpu else held.total + PROCESS_BYTES
+        needs = held.total if devices.is_gpu else held.total + SERVER_BYTES
         sequences = int(held.cache * config.max_num_seqs // parts.cache)
         for device in group[:shards]:
             yield Process(stage, name, devices.name(device), held, needs, full_sequences=sequences)

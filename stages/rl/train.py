@@ -195,7 +195,7 @@ def make_header(setting: "_Setting") -> LedgerHeader:
 class _Prompts:
     train: list[Request]
     validation: list[Request]
-    num_too_long: int
+    num_too_long: int = 0
     """Training prompts that were dropped."""
 
 
