@@ -92,7 +92,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
         ),
         Script(
             "limits_scaling.py",
-            ("--model", sft, "--rounds", "1", "--prompts", "8", "32", "--tokens", "24", "--layers", "30"),
+            ("--model", sft, "--rounds", "1", "--prompts", "4", "16", "--tokens", "24", "--layers", "30"),
             (
                 Figure("slope, learner against prompts", lambda r: r["summary"]["learner, prompts"]["slope"]),
                 Figure("slope, generator against prompts", lambda r: r["summary"]["generator, prompts"]["slope"]),
@@ -120,7 +120,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
         ),
         Script(
             "trunk.py",
-            ("--model", sft, "--reward", reward, "--algorithms", "ppo", "--rounds", "2", "--completions", "8"),
+            ("--model", sft, "--reward", reward, "--algorithms", "ppo", "--rounds", "1", "--completions", "8"),
             (Figure("processor time saved by a common trunk, PPO", lambda r: r["algorithms"]["ppo"]["saved"]),),
             needs_inputs=True,
         ),
@@ -128,7 +128,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
             "cpu.py",
             (
                 *("--model", sft, "--reward", reward, "--questions", "heap", "waiting, beside other work"),
-                *("--rounds", "1", "--updates", "1", "--completions", "8"),
+                *("--rounds", "1", "--updates", "1", "--completions", "4"),
             ),
             (
                 Figure("time saved by kept memory, RLOO", lambda r: r["rows"][0]["saved"]),
@@ -183,7 +183,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
         ),
         Script(
             "throughput.py",
-            ("--model", sft, "--rounds", "2", "--prompts", "4", "--arms", "0", "1"),
+            ("--model", sft, "--rounds", "1", "--prompts", "4", "--arms", "0", "1"),
             (
                 Figure("learner / plain step, RLOO", read_throughput("rloo, 12 layers"), at_least=1.3),
                 Figure("learner / plain step, RLOO, all layers", read_throughput("rloo, all layers"), at_least=1.3),

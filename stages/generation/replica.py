@@ -279,8 +279,11 @@ class Replica:
             try:
                 self.url = locate(self.address)  # another server may have taken its place
             except RunError as error:
-                logger.warning("%s is looked for again: %s", self.name, error)  # a network disk may be away for a while
-                return False
+                if not self.has_worked:
+                    raise
+                if self.url:  # once for each time it is lost
+                    logger.warning("%s is looked for until its address can be read: %s", self.name, error)
+                self.url = ""
             if not self.url:
                 return False
         try:

@@ -205,7 +205,7 @@ def open_scratch(weights_dir: str | None, fallback: Path, num_bytes: int) -> Ite
         fallback: used where there is no shared memory, or too little of it.
         num_bytes: of the largest version.
     """
-    if weights_dir is None and os.access(SHARED_MEMORY, os.W_OK):
+    if weights_dir in (None, str(SHARED_MEMORY)) and os.access(SHARED_MEMORY, os.W_OK):
         _remove_orphans(SHARED_MEMORY)  # elsewhere, the processes of other machines cannot be seen
     parent = Path(weights_dir) if weights_dir is not None else _choose_parent(fallback, NUM_VERSIONS * num_bytes)
     parent.mkdir(parents=True, exist_ok=True)
