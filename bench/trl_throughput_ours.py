@@ -76,8 +76,10 @@ def make_config(job: dict[str, Any]) -> RlConfig:
         "num_eval_prompts": 2,
         "checkpoint_every": 1000,
     }
+    # Updates after the timed ones: else nothing is sampled for them, and the window's end has the cores for itself.
+    section["num_updates"] += section["max_staleness"]
     if job["side"] == "transformers":
-        section |= {"max_staleness": 0, "score_on": "learner", "weight_update": "drain"}
+        section |= {"num_updates": job["updates"], "max_staleness": 0, "score_on": "learner", "weight_update": "drain"}
     section["learner"] |= {
         "lr": job["lr"],
         "schedule": "constant",
