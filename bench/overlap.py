@@ -45,7 +45,12 @@ WARM_UP = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="those already in the file of --out are kept")
-    parser.add_argument("--updates", type=int, default=8, help=f"of each run; the first {WARM_UP} are not measured")
+    parser.add_argument(
+        "--updates",
+        type=int,
+        default=8,
+        help=f"of each run; the first {WARM_UP} are not measured, nor one more for each of `max_staleness`",
+    )
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--set", nargs="*", default=[], metavar="rl.key=value", help="other settings of every arm")
     parser.add_argument("--inputs", type=Path, default=ROOT / "artifacts", help="holds data, sft and reward")
@@ -120,6 +125,8 @@ def run_arm(job: dict[str, Any], inputs: Path) -> dict[str, float]:
     arm = job["arm"]
     rl["generator"] = rl["generator"] | arm["generator"]
     rl |= {key: value for key, value in arm.items() if key != "generator"}
+    # Updates after those that are measured: else nothing is sampled for them, and the window's end has less to do.
+    rl["num_updates"] += rl["max_staleness"]
     config, generation = RlConfig.model_validate(rl), GenerationConfig.model_validate(generation)
     with tempfile.TemporaryDirectory(prefix="overlap-") as name:
         work = Path(name)
@@ -127,18 +134,18 @@ def run_arm(job: dict[str, Any], inputs: Path) -> dict[str, float]:
         outputs = PolicyOutputs(work / "policy", work / "policy_last", work / "ledger_out", work / "checkpoints_out")
         result = train_policy(paths, config, generation, work, outputs, log_metrics=lambda *_: None)
         result.timeline.flush()
-        measured = measure(work / TIMELINE, config)
+        measured = measure(work / TIMELINE, config, job["updates"])
     return measured | {"publish_bytes": result.publish_bytes}
 
 
-def measure(path: Path, config: Any) -> dict[str, float]:
-    """Seconds per update between the ends of the last warm-up update and of the last one."""
+def measure(path: Path, config: Any, num_updates: int) -> dict[str, float]:
+    """Seconds per update between the ends of the last warm-up update and of the last one that is measured."""
     from stages.rl.timeline import LEARNER, Span, read_spans, union_s
 
     spans = read_spans(path)
     ends = {span.policy_version: span.end_s for span in spans if (span.role, span.kind) == (LEARNER, "learn")}
-    begin, end = ends[WARM_UP - 1], ends[config.num_updates - 1]
-    num = config.num_updates - WARM_UP
+    begin, end = ends[WARM_UP - 1], ends[num_updates - 1]
+    num = num_updates - WARM_UP
 
     def per_update(*kinds: str, role: str = LEARNER) -> float:
         inside = [
