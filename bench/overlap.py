@@ -49,7 +49,7 @@ def main() -> None:
         "--updates",
         type=int,
         default=8,
-        help=f"of each run; the first {WARM_UP} are not measured, nor one more for each of `max_staleness`",
+        help=f"of each run; the first {WARM_UP} are not measured; one more is made for each of `max_staleness`",
     )
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--set", nargs="*", default=[], metavar="rl.key=value", help="other settings of every arm")

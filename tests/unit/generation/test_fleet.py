@@ -30,6 +30,7 @@ from stages.generation.protocol import (
     Ticket,
     WeightsUpdate,
 )
+from stages.generation.remote import locate
 from tests.tiny import tiny_tokenizer
 from tests.unit.generation import scripted_server as scripted
 from tests.unit.generation.scripted_server import Answer, ScriptedServer
@@ -1046,8 +1047,15 @@ def test_every_prompt_finishes_exactly_once_whatever_the_servers_do(
 
 @pytest.mark.parametrize("meanwhile", [json.dumps({"urls": [None]}), "{"], ids=["nobody", "cannot be read"])
 def test_another_server_takes_the_place_of_one_whose_address_is_looked_up(
-    servers: list[ScriptedServer], tmp_path: Path, meanwhile: str
+    servers: list[ScriptedServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
 ) -> None:
+    looks: list[str] = []
+
+    def locate_and_note(address: str) -> str:
+        looks.append(where.read_text())
+        return locate(address)
+
+    monkeypatch.setattr("stages.generation.replica.locate", locate_and_note)
     first, second = servers
     where = tmp_path / "generators.json"
     where.write_text(json.dumps({"urls": [first.url]}))
@@ -1059,6 +1067,7 @@ def test_another_server_takes_the_place_of_one_whose_address_is_looked_up(
         where.write_text(meanwhile)
         first.go_away()
         events = collect(fleet, lambda events: len(lost(events)) == 1)
+        wait_until(lambda: looks.count(meanwhile) > 1)
         where.write_text(json.dumps({"urls": [second.url]}))
         events += finish(fleet, 1)
 
