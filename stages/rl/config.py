@@ -35,7 +35,8 @@ class RlConfig(Section):
     """How new weights get to vLLM's servers. files: by shared memory or `generator.weights_dir`, everywhere. nccl: from
     the learner's GPU to other GPUs. ipc: within the learner's own GPU. See docs/asynchronous_rl.md."""
     score_on: Literal["learner", "generator"] = "learner"
-    """Whose device the reward model runs on; on the generator's, groups are scored while the learner trains."""
+    """Whose device the reward model runs on. generator: groups are scored while the learner trains, on a machine
+    without GPU on whichever core is idle."""
     reference_on: Literal["learner", "generator"] = "learner"
     """The same for the reference's log-probabilities."""
     generator: FleetConfig = FleetConfig()

@@ -23,6 +23,19 @@ class Placement:
     """Of each local server."""
     learner: str
 
+    @property
+    def scoring(self) -> str:
+        """Of a process that scores: the first server's; the learner's if all are elsewhere, where it has no place."""
+        return self.generators[0] if self.generators else self.learner
+
+    @property
+    def scoring_cores(self) -> str:
+        """The CPU cores such a process, with a thread for each core of `scoring`, may run on: the learner's too.
+
+        The kernel puts its threads where a core is idle, which the learner's is while it waits for scores.
+        """
+        return _format(tuple(sorted(parse_cores(self.scoring) | parse_cores(self.learner))))
+
 
 def place(config: RlConfig, available: tuple[int, ...], gpus_per_server: int | None = None) -> Placement:
     """Follow the settings, and fill in `auto`.

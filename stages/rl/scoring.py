@@ -91,8 +91,10 @@ class ProcessSettings:
 
     log_path: Path
     cores: str | None = None
-    """CPU cores such as `0,2-3`, as many threads, from the moment its models are loaded; until then, and with None:
-    ours. The generator, which has these cores, is starting then, and the learner waits for it."""
+    """CPU cores such as `0,2-3` that it keeps to from the moment its models are loaded; until then, and with None:
+    ours. The generator is starting then, and the learner waits for it."""
+    num_threads: int | None = None
+    """None: as many as there are `cores`."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to our environment, such as CUDA_VISIBLE_DEVICES."""
     timeout_s: float = 120.0
@@ -360,5 +362,6 @@ def _make_environment(settings: ProcessSettings) -> dict[str, str]:
     # It is not one of the learner's ranks: it takes the first of the devices it is shown.
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "LOCAL_RANK": "0"}
     if settings.cores is not None:
-        ours |= {"OMP_NUM_THREADS": str(len(parse_cores(settings.cores))), CORES_VARIABLE: settings.cores}
+        num_threads = settings.num_threads or len(parse_cores(settings.cores))
+        ours |= {"OMP_NUM_THREADS": str(num_threads), CORES_VARIABLE: settings.cores}
     return {**os.environ, **ours, **settings.env}

@@ -317,7 +317,6 @@ def _make_value_learner(setting: _Setting, ranks: Ranks) -> Learner | None:
 def _scoring_starter(setting: _Setting, preparation: Preparation) -> StartScoring | None:
     """Starts the process that scores on the generator's devices, where the settings ask for one."""
     config, placement = setting.config, setting.placement
-    on = placement.generators[0] if placement.generators else placement.learner  # servers elsewhere have no room for it
     with_reference = config.reference_on == "generator" and setting.algorithm.needs_reference
     if config.score_on == "learner" and not with_reference:
         return None
@@ -334,9 +333,10 @@ def _scoring_starter(setting: _Setting, preparation: Preparation) -> StartScorin
     is_gpu = torch.cuda.is_available()
     settings = ProcessSettings(
         log_path=setting.workdir / "scoring.log",
-        cores=None if is_gpu else on,
+        cores=None if is_gpu else placement.scoring_cores,
+        num_threads=None if is_gpu else len(parse_cores(placement.scoring)),
         # LOCAL_RANK is the learner's otherwise, which counts all GPUs.
-        env={"CUDA_VISIBLE_DEVICES": name_visible_gpus(on), "LOCAL_RANK": "0"} if is_gpu else {},
+        env={"CUDA_VISIBLE_DEVICES": name_visible_gpus(placement.scoring), "LOCAL_RANK": "0"} if is_gpu else {},
         timeout_s=config.score_timeout_s,
         start_timeout_s=setting.generation.start_timeout_s,
         max_restarts=config.generator.max_restarts,

@@ -173,6 +173,16 @@ def test_the_process_keeps_to_its_cores(running: Running) -> None:
     assert child.environ()["OMP_NUM_THREADS"] == "1"
 
 
+def test_threads_can_be_fewer_or_more_than_the_cores(job: ScoringJob, tmp_path: Path) -> None:
+    results = Results()
+    settings = ProcessSettings(tmp_path / "scoring.log", cores=ONE_CORE, num_threads=2)
+    with ScoringProcess(job, settings, results.add, results.failures.put) as process:
+        running = Running(process, results)
+        running.find_port()  # it runs its own program by then
+
+        assert running.find_child().environ()["OMP_NUM_THREADS"] == "2"
+
+
 def test_a_killed_process_is_replaced_and_every_result_comes_once(job: ScoringJob, running: Running) -> None:
     groups = [make_group(seed) for seed in range(4)]
     first = running.find_child()

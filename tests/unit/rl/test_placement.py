@@ -76,6 +76,21 @@ def test_named_devices_are_followed(
 
 
 @pytest.mark.parametrize(
+    ("placement", "scoring", "cores"),
+    [
+        (Placement(("0",), "1"), "0", "0,1"),
+        (Placement(("2-3", "4"), "0-1"), "2-3", "0,1,2,3"),
+        (Placement((), "0-1"), "0-1", "0,1"),  # servers elsewhere
+        (Placement(("0,1",), "0,1"), "0,1", "0,1"),  # in turns
+    ],
+)
+def test_scoring_runs_on_the_cores_of_the_first_server_and_of_the_learner(
+    placement: Placement, scoring: str, cores: str
+) -> None:
+    assert (placement.scoring, placement.scoring_cores) == (scoring, cores)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"learner_devices": "2-9"}, "rl.learner_devices='2-9': 8 is not there; available: 0,1,2,3,4,5,6,7"),
