@@ -84,6 +84,9 @@ def server_command(model: Path, config: GenerationConfig, settings: ServerSettin
         # A seeded request whose prompt is prefilled in chunks kills the CPU engine, so no chunks.
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
         command += ["--max-num-batched-tokens", str(max(8192, max_model_len))]
+        # The samples of a prompt share its whole blocks, and few prompts fill one of the 128 tokens that are the CPU's
+        # default; 32 is the least it allows.
+        command += ["--block-size", "32"]
     if settings.publish != "files":
         command += ["--weight-transfer-config", json.dumps({"backend": settings.publish})]
     return command + list(config.engine_args)
