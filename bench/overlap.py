@@ -8,6 +8,11 @@ two sides work in turns: what the learner waits for is generation and scoring al
 learning alone on its own, for the very same work. Hence, per round,
 
     overlap_efficiency = max(generating alone, learning alone) / wall-clock seconds per update of the arm
+
+The reward model's process runs on whichever core is idle, so in that arm it scores on the learner's core what has been
+sampled so far. How much of both cores' time is work at all, by the same arm's seconds:
+
+    core_share = (sampling + scoring + learning alone) / (2 x wall-clock seconds per update of the arm)
 """
 
 import argparse
@@ -140,7 +145,7 @@ def run_arm(job: dict[str, Any], inputs: Path) -> dict[str, float]:
 
 def measure(path: Path, config: Any, num_updates: int) -> dict[str, float]:
     """Seconds per update between the ends of the last warm-up update and of the last one that is measured."""
-    from stages.rl.timeline import LEARNER, Span, read_spans, union_s
+    from stages.rl.timeline import LEARNER, SCORER, Span, read_spans, union_s
 
     spans = read_spans(path)
     ends = {span.policy_version: span.end_s for span in spans if (span.role, span.kind) == (LEARNER, "learn")}
@@ -165,6 +170,7 @@ def measure(path: Path, config: Any, num_updates: int) -> dict[str, float]:
         "publish_s": per_update("publish"),
         "generate_s": per_update("generate", role="generator"),
         "swap_s": per_update("swap", role="generator"),
+        "score_s": per_update("score", role=SCORER),
     }
 
 
@@ -186,6 +192,9 @@ def compare(rounds: list[dict[str, dict[str, float]]], arm: str) -> dict[str, fl
     return {
         "overlap_efficiency": median_of(
             lambda alone, own: max(alone["wait_s"], alone["learner_busy_s"]) / own["wall_s"]
+        ),
+        "core_share": median_of(
+            lambda alone, own: (alone["generate_s"] + alone["score_s"] + alone["learner_busy_s"]) / (2 * own["wall_s"])
         ),
         "balance": median_of(lambda alone, _: alone["wait_s"] / alone["learner_busy_s"]),
         "speed_up": median_of(lambda alone, own: alone["wall_s"] / own["wall_s"]),

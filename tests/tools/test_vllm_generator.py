@@ -167,10 +167,10 @@ def wait_for(fleet: Fleet, is_enough: Callable[[list[Event]], bool], timeout_s: 
     return events
 
 
-def count_tokens(url: str) -> float:
-    """Tokens the server has sampled since it was started."""
+def count_tokens(url: str, kind: str = "generation_tokens") -> float:
+    """Tokens the server has sampled since it was started, or of another kind that it counts."""
     text = httpx.get(f"{url}/metrics").text
-    return sum(float(value) for value in re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", text, re.MULTILINE))
+    return sum(float(value) for value in re.findall(rf"^vllm:{kind}_total\{{.*\}} (\S+)$", text, re.MULTILINE))
 
 
 @pytest.mark.timeout(400)
@@ -299,6 +299,17 @@ def test_completions_end_with_the_end_token_or_at_the_limit(served: str, models:
     assert all(EOS not in item.token_ids[:-1] and item.token_ids[-1] == EOS for item in finished)
     assert all(EOS not in item.token_ids and len(item.token_ids) == LONG.max_new_tokens for item in cut)
     assert max(largest_gap(models.old, item) for item in (*finished, *cut)) < TOLERANCE
+
+
+def test_the_samples_of_a_short_prompt_read_it_once(served: str, models: Models) -> None:
+    before = count_tokens(served, "prefix_cache_hits")
+    prompt = Request("long", tuple(range(10, 10 + 40)), seed=0)  # a block of 32 tokens and a part of one
+    config = LONG.model_copy(update={"max_prompt_tokens": 40, "max_new_tokens": 4})
+
+    with open_fleet(models, served, config=config) as fleet:
+        generate(fleet, [prompt], SamplingPlan(num_samples=5))
+
+    assert count_tokens(served, "prefix_cache_hits") - before == 4 * 32
 
 
 @pytest.mark.parametrize("kv_cache", ["keep", "recompute"])
