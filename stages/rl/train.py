@@ -138,7 +138,7 @@ def train_policy(
         inbox = Inbox(generator, _scoring_starter(setting, training.preparation), timeline.add)
         stack.callback(inbox.close)
         ledger = Ledger.open(workdir / LEDGER, make_header(setting))
-        publisher = _make_publisher(setting, scratch, ranks)
+        publisher = _make_publisher(setting, scratch, ranks, training.preparation.learner.trunk_depth)
         parts = _make_loop_parts(setting, generator, inbox, ledger, stop, publisher)
         progress = _resume(training, parts)
         Loop(training, parts, config, progress).run()
@@ -344,11 +344,11 @@ def _scoring_starter(setting: _Setting, preparation: Preparation) -> StartScorin
     return lambda on_result, on_failure: ScoringProcess(job, settings, on_result, on_failure)
 
 
-def _make_publisher(setting: _Setting, scratch: Path, ranks: Ranks) -> Publisher:
+def _make_publisher(setting: _Setting, scratch: Path, ranks: Ranks, trunk_depth: int) -> Publisher:
     config = setting.config
     probe_ids = [token for request in setting.prompts.validation for token in request.prompt_ids]
     probe_ids = probe_ids[: setting.generation.max_prompt_tokens]
-    probe = ProbeText(tuple(probe_ids), config.learner.dtype, config.max_logprob_gap, ranks)
+    probe = ProbeText(tuple(probe_ids), config.learner.dtype, config.max_logprob_gap, ranks, trunk_depth)
     return make_publisher(config.publish, scratch, probe)
 
 

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 
 from stages.common.errors import RunError
 from stages.common.publish import sync_path, sync_tree
-from stages.data.batches import collate
+from stages.data.batches import SequenceBatch, collate
 from stages.data.text import TokenSequence
 from stages.generation.config import Publish
 from stages.generation.protocol import Probe, WeightsUpdate
@@ -66,24 +65,35 @@ class Publisher(Protocol):
         """The trained tensors of this version, as they are now: the learner may train on right away."""
 
 
-@dataclass(frozen=True)
 class ProbeText:
-    """A text whose log-probabilities tell versions apart; see stages/generation/probe.py."""
+    """A text whose log-probabilities tell versions apart; see stages/generation/probe.py.
 
-    token_ids: tuple[int, ...]
-    dtype: str
-    """Compute type of the learner."""
-    max_gap: float
-    """Largest mean difference of the log-probabilities, in nats a token."""
-    ranks: Ranks = ALONE
-    """That have the learner."""
+    Args:
+        token_ids: of the text.
+        dtype: compute type of the learner.
+        max_gap: largest mean difference of the log-probabilities, in nats a token.
+        ranks: that have the learner.
+        trunk_depth: lower blocks that are never trained; see stages/learner/trunk.py.
+    """
+
+    def __init__(
+        self, token_ids: tuple[int, ...], dtype: str, max_gap: float, ranks: Ranks = ALONE, trunk_depth: int = 0
+    ) -> None:
+        self._token_ids = token_ids[:PROBE_TOKENS]
+        self._dtype = dtype
+        self._max_gap = max_gap
+        self._ranks = ranks
+        self._trunk_depth = trunk_depth
+        self._batch: SequenceBatch | None = None
 
     def compute(self, model: PreTrainedModel) -> Probe:
         """What the learner says to it."""
-        token_ids = self.token_ids[:PROBE_TOKENS]
-        batch = collate([TokenSequence(token_ids[:1], token_ids[1:])], select_device())
-        (logprobs,) = self.ranks.map(Reference(model, self.dtype, temperature=1.0).compute, [batch])
-        return Probe(token_ids, tuple(logprobs[0].tolist()), self.max_gap)
+        reference = Reference(model, self._dtype, temperature=1.0, trunk_depth=self._trunk_depth)
+        if self._batch is None:  # with what the trunk gives for this text, which holds for the whole run
+            text = TokenSequence(self._token_ids[:1], self._token_ids[1:])
+            (self._batch,) = reference.read_trunks([collate([text], select_device())])
+        (logprobs,) = self._ranks.map(reference.compute, [self._batch])
+        return Probe(self._token_ids, tuple(logprobs[0].tolist()), self._max_gap)
 
 
 class FilesPublisher:

@@ -72,6 +72,25 @@ def test_what_is_trained_is_published_in_the_order_of_the_layers(model: PreTrain
     assert (update.policy_version, update.is_temporary) == (3, update.path is not None)
 
 
+def test_the_probe_reads_what_is_never_trained_once_and_says_the_same(model: PreTrainedModel) -> None:
+    probe = ProbeText(tuple(range(40, 140)), "fp32", 0.3, trunk_depth=1)
+    lower, upper = model.model.layers
+    calls: list[object] = []
+    lower.mlp.register_forward_hook(lambda *_: calls.append(None))
+
+    said = []
+    for _ in range(2):
+        said.append(probe.compute(model))
+        num_calls = len(calls)
+        assert said[-1] == PROBE.compute(model)
+        calls.clear()
+        with torch.no_grad():
+            upper.mlp.down_proj.weight.mul_(2.0)
+
+    assert num_calls == 0
+    assert said[0] != said[1]
+
+
 def test_a_copy_in_memory_stays_as_it_was(model: PreTrainedModel) -> None:
     model.to(torch.bfloat16)  # so that there is nothing to convert
     before = {name: item.detach().clone() for name, item in model.named_parameters() if item.requires_grad}
