@@ -1,9 +1,9 @@
-# `make` lists the targets. DEVICE=gpu uses the GPU lock; PORT is where `make ui` listens.
+# `make` lists the targets. DEVICE=gpu uses the GPU lock, and later calls keep it; PORT is where `make ui` listens.
 # REMOTE is a folder or s3://BUCKET/PREFIX, ENDPOINT the address of an S3 store other than Amazon's.
 # RUNS names judged runs; see docs/compare.md.
 # STUDY is staleness, sizes, samples, asynchronous or remax, HOURS how long cells are started, WORKSPACE where they run.
 # SET holds settings of an experiment, TEMP=1 runs it in a folder of its own; see docs/dvc.md.
-DEVICE ?= cpu
+DEVICE ?= $(or $(shell cat .venv/device 2>/dev/null),cpu)
 PYTHON ?= python3.11
 PORT ?= 5000
 STAGE ?=
@@ -38,7 +38,7 @@ COMPILE = $(UV) pip compile -q pyproject.toml --extra dev --override requirement
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-setup: ## create .venv with exactly the packages of the lock (DEVICE=cpu or gpu)
+setup: ## create .venv with exactly the packages of the lock (DEVICE=cpu or gpu, by default the one it has)
 	@test -f $(LOCK) || { echo "DEVICE=$(DEVICE): there is no $(LOCK)" >&2; exit 2; }
 	@test -x $(BIN)/python || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
 	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$$(sha256sum < $(LOCK))" ]; then \
@@ -46,6 +46,7 @@ setup: ## create .venv with exactly the packages of the lock (DEVICE=cpu or gpu)
 		echo "installing $$(grep -c '^[a-zA-Z0-9]' $(LOCK)) pinned packages of $(LOCK), about 2-4 minutes"; \
 		$(BIN)/python -m pip install -qq --no-deps -r $(LOCK) && sha256sum < $(LOCK) > $(STAMP); \
 	fi
+	@echo $(DEVICE) > .venv/device
 
 run: setup ## bring the whole pipeline (or STAGE=name) up to date; RECIPE=name: of recipes/, in a workspace of its own
 ifeq ($(RECIPE),)

@@ -8,13 +8,13 @@ from stages.common.errors import SettingError
 from stages.common.tracking import TrackingConfig
 from stages.data.config import DataConfig
 from stages.data.scorers import RuleScorer
-from stages.generation.config import GenerationConfig, require_engine
+from stages.generation.config import GenerationConfig, require_engine, require_room
 from stages.generation.engine_args import check_engine_args
 from stages.judge.config import JudgeConfig
 from stages.judge.gate import GateConfig
 from stages.models.config import ModelConfig
 from stages.reward.config import PairsConfig, RewardConfig
-from stages.rl.algorithm_config import check_greedy_max_tokens
+from stages.rl.algorithm_config import DpoConfig, check_greedy_max_tokens
 from stages.rl.config import RlConfig
 from stages.sft.config import SftConfig
 
@@ -55,7 +55,7 @@ def require_settings(path: Path) -> None:
         raise SettingError("\n".join(dict.fromkeys(problems)))
     _check_judge(path)
     generation = load_section("generation", GenerationConfig, path)
-    check_engine_args(generation.engine_args if generation.engine == "vllm" else ())
+    check_engine_args(generation.engine_args)
 
 
 def _check_judge(path: Path) -> None:
@@ -85,9 +85,17 @@ def _check_combinations(path: Path) -> list[str]:
             f"rl.num_eval_prompts={rl.num_eval_prompts} exceeds "
             f"data.num_validation_prompts={data.num_validation_prompts}"
         )
+    sampling = {
+        "pairs.samples_per_prompt": load_section("pairs", PairsConfig, path).samples_per_prompt,
+        "judge.samples_per_prompt": load_section("judge", JudgeConfig, path).samples_per_prompt,
+    }
     try:
         check_greedy_max_tokens(rl.algorithm, generation.max_new_tokens)
         require_engine(generation, rl.generator, rl.weight_update, rl.publish)
+        for setting, num_samples in sampling.items():
+            require_room(generation, num_samples, setting)
+        if not isinstance(rl.algorithm, DpoConfig):
+            require_room(generation, rl.algorithm.samples_per_prompt, "rl.algorithm.samples_per_prompt")
     except SettingError as error:
         problems.append(str(error))
     reward = load_section("reward", RewardConfig, path)

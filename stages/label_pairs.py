@@ -5,7 +5,7 @@ from pathlib import Path
 from stages.common.config import load_section
 from stages.common.entry import run_entry
 from stages.data.config import DataConfig
-from stages.generation.config import GenerationConfig
+from stages.generation.config import GenerationConfig, require_room
 from stages.reward.config import PairsConfig
 
 
@@ -14,6 +14,7 @@ def main() -> None:
     config = load_section("pairs", PairsConfig)
     generation = load_section("generation", GenerationConfig)
     data = load_section("data", DataConfig)
+    require_room(generation, config.samples_per_prompt, "pairs.samples_per_prompt")
     from stages.common.publish import staging_directory, write_json
     from stages.common.tracking import track_stage
     from stages.common.workdir import open_workdir

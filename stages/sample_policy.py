@@ -4,7 +4,7 @@ from pathlib import Path
 
 from stages.common.config import load_section
 from stages.common.entry import run_entry
-from stages.generation.config import GenerationConfig
+from stages.generation.config import GenerationConfig, require_room
 from stages.judge.config import JudgeConfig
 
 
@@ -12,6 +12,7 @@ def main() -> None:
     """Held-out prompts, SFT model, policy -> artifacts/samples, metrics/samples.json. Wired in dvc.yaml."""
     config = load_section("judge", JudgeConfig)
     generation = load_section("generation", GenerationConfig)
+    require_room(generation, config.samples_per_prompt, "judge.samples_per_prompt")
     from stages.common.publish import staging_directory, write_json
     from stages.common.tracking import track_stage
     from stages.common.workdir import open_workdir

@@ -63,6 +63,11 @@ class GenerationConfig(Section):
     @model_validator(mode="after")
     def check_engine_args(self) -> Self:
         """None that is set here already: the server would take the last one, and we would not know."""
+        if self.engine != "vllm" and self.engine_args:
+            raise ValueError(
+                f"generation.engine_args={list(self.engine_args)} are of vLLM's server, and generation.engine="
+                f"{self.engine!r} has none; leave them out, or set engine 'vllm'"
+            )
         refuse_reserved(self.engine_args)
         return self
 
@@ -88,6 +93,24 @@ def require_engine(generation: GenerationConfig, fleet: "FleetConfig", weight_up
                 f"{name}={value!r} needs generation.engine='vllm'; with 'transformers', which samples in the learner's "
                 f"process, allowed: {only!r}"
             )
+
+
+def require_room(generation: GenerationConfig, num_samples: int, setting: str) -> None:
+    """Refuse more completions of a prompt than a server of vLLM takes in one request.
+
+    Args:
+        generation: section `generation`.
+        num_samples: completions of one prompt.
+        setting: that asks for them, such as `pairs.samples_per_prompt`.
+
+    Raises:
+        SettingError: the server would refuse every prompt.
+    """
+    if generation.engine == "vllm" and num_samples > generation.max_num_seqs:
+        raise SettingError(
+            f"{setting}={num_samples} exceeds generation.max_num_seqs={generation.max_num_seqs}, and vLLM samples all "
+            "completions of a prompt at once; raise the one or lower the other"
+        )
 
 
 def _require_url(url: str) -> None:

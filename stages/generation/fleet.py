@@ -326,9 +326,12 @@ class Fleet:
         self._settle(ticket, replica, sent_at, task)
         del replica.running[task]
         if not replica.running:
-            version = max(sent_at, replica.version)  # that of a lost replica is unknown
-            self._record(replica.name, "generate", replica.busy_since, time.monotonic(), version)
             replica.is_idle.set()
+            version = max(sent_at, replica.version)  # that of a lost replica is unknown
+            try:
+                self._record(replica.name, "generate", replica.busy_since, time.monotonic(), version)
+            except OSError as error:  # of the timeline's file; asyncio would only log it
+                self._fail(error)
         self._wake.set()
 
     def _settle(self, ticket: Ticket, replica: Replica, sent_at: int, task: "asyncio.Task[Group]") -> None:

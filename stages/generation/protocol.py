@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Group = tuple[Completion, ...]
 """All completions of one prompt: its samples in order, then the greedy one if it was asked for."""
+LEAST_LOGPROB = -1000.0
+"""Of a token that was sampled, which has a probability; vLLM's servers send -9999 in the place of NaN and -inf."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,10 @@ def require_complete(group: Group, request: Request, plan: SamplingPlan, max_new
                 f"prompt {request.prompt_id}: {num_tokens} tokens and {num_logprobs} logprobs; "
                 f"expected 1…{most} of each"
             )
-        if not all(-float("inf") < logprob <= 1e-3 for logprob in completion.sampling_logprobs):
-            raise GeneratorError(f"prompt {request.prompt_id}: a logprob is not a finite number ≤ 0")
+        wrong = [logprob for logprob in completion.sampling_logprobs if not LEAST_LOGPROB <= logprob <= 1e-3]
+        if wrong:
+            raise GeneratorError(
+                f"prompt {request.prompt_id}: {wrong[0]} is no logprob of a sampled token; "
+                f"expected {LEAST_LOGPROB:.0f}…0"
+            )
     return group

@@ -172,6 +172,8 @@ class VllmClient:
             raise GeneratorError(f"{self.url}: unusable answer: {error!r}: {json.dumps(answer)[:200]}") from error
 
     def _read_choice(self, choice: Mapping[str, Any], request: Request, index: int, greedy: bool) -> Completion:
+        if choice.get("finish_reason") == "abort":  # else it would be trained on as one that ran too long
+            raise GeneratorError(f"{self.url}: a completion was aborted on the server")
         token_ids = tuple(int(token) for token in choice["token_ids"])
         versions = _read_versions(choice["weight_versions"], len(token_ids))
         return Completion(

@@ -5,6 +5,7 @@ V vocabulary.
 """
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ NUMBERS = CHUNK * 49_152
 """Most numbers of those logits, 48 MiB in float32: a larger vocabulary has fewer rows, not more bytes."""
 TABLE_ROWS = 8192
 """Rows of the head whose gradient is added up at once."""
+_KEPT = "slipstream_kept_cast"
+
+
+@dataclass(frozen=True)
+class _KeptCast:
+    """A frozen head in the compute type, and what it was cast from: address, version, and the type."""
+
+    state: tuple[int, int, torch.dtype]
+    weight: Tensor
 
 
 def compute_logprobs(model: PreTrainedModel, batch: SequenceBatch, temperature: float = 1.0) -> Tensor:
@@ -59,7 +69,7 @@ def select_predictors(model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
 
 
 def _read_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    return gather_logprobs(hidden, _weight(head), targets, temperature)
+    return gather_logprobs(hidden, _weight(head, hidden), targets, temperature)
 
 
 def gather_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -107,15 +117,25 @@ def compute_logprobs_and_kl(
 def _read_logprobs_and_kl(
     head: nn.Module, hidden: Tensor, other: Tensor, other_head: nn.Module, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    logprobs = gather_logprobs(hidden, _weight(head), targets, temperature)
-    weight, other_weight = _cast_like(_weight(head), hidden), _copy_cast(other_head, other)
+    own = _weight(head, hidden)
+    logprobs = gather_logprobs(hidden, own, targets, temperature)
+    weight, other_weight = _cast_like(own, hidden), _copy_cast(other_head, other)
     kl = compute_kl(hidden.to(weight.dtype), weight, other.to(other_weight.dtype), other_weight, temperature)
     return logprobs, kl
 
 
-def _weight(head: nn.Module) -> Tensor:
+def _weight(head: nn.Module, hidden: Tensor) -> Tensor:
+    """The head's matrix. A frozen one on CPU is cast once: a twentieth of a small model's pass is casting it."""
     weight: Tensor = head.weight  # type: ignore[assignment]
-    return weight
+    if weight.requires_grad or weight.is_cuda or is_shared_out(head):
+        return weight
+    # Loading writes into a weight, moving a model gives it other memory: then the copy is of the past.
+    state = (weight.data_ptr(), weight._version, _compute_dtype(hidden))
+    kept: _KeptCast | None = getattr(head, _KEPT, None)
+    if kept is None or kept.state != state:
+        kept = _KeptCast(state, _cast_like(weight, hidden).detach())
+        setattr(head, _KEPT, kept)
+    return kept.weight
 
 
 def compute_kl(
@@ -173,7 +193,7 @@ def require_plain_head(model: PreTrainedModel) -> None:
 
 def _copy_cast(head: nn.Module, hidden: Tensor) -> Tensor:
     """The reference's head in the compute type, to be read again in the backward pass, when shards are gone."""
-    weight = _weight(head)
+    weight = _weight(head, hidden)
     if not is_shared_out(head):
         return _cast_like(weight, hidden).detach()
     with gathered(weight):  # type: ignore[arg-type]
@@ -181,9 +201,14 @@ def _copy_cast(head: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _cast_like(weight: Tensor, hidden: Tensor) -> Tensor:
-    """The head in the compute type; under autocast the hidden states are float32 after the last norm."""
+    """The head in the compute type."""
+    return weight.to(_compute_dtype(hidden))
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Under autocast the hidden states are float32 after the last norm."""
     device = hidden.device.type
-    return weight.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

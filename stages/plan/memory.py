@@ -116,9 +116,14 @@ def count_frozen_model(
 
 
 def count_frozen_policy(architecture: Architecture, batch: Batch, dtype: DType, *, is_gpu: bool) -> ModelBytes:
-    """A policy as `load_frozen` loads it: linear layers in the compute type, the rest in float32."""
+    """A policy as `load_frozen` loads it: linear layers in the compute type, the rest in float32.
+
+    A tied head is cast beside its float32 table, on CPU for good.
+    """
     counted = count_frozen_model(architecture, batch, "fp32", dtype, is_gpu=is_gpu)
-    return replace(counted, weights=counted.weights - (FLOAT32 - SIZES[dtype]) * architecture.num_linear)
+    is_cast = dtype == "bf16" and architecture.config.tie_word_embeddings
+    cast = SIZES[dtype] * architecture.head_parameters if is_cast else 0
+    return replace(counted, weights=counted.weights - (FLOAT32 - SIZES[dtype]) * architecture.num_linear + cast)
 
 
 def count_generator(architecture: Architecture, config: GenerationConfig, shards: int) -> ModelBytes:

@@ -1,5 +1,6 @@
 """Section `rl` of params.yaml."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -100,6 +101,25 @@ class RlConfig(Section):
             )
         if self.num_updates % self.rule.cycle:
             raise ValueError(f"rl.num_updates={self.num_updates} is not a multiple of {shape}")
+        return self
+
+    @model_validator(mode="after")
+    def check_kv_cache(self) -> Self:
+        """A drained server has no completion whose keys and values could be computed anew."""
+        if self.generator.kv_cache == "recompute" and self.weight_update == "drain":
+            raise ValueError(
+                "rl.generator.kv_cache='recompute' does nothing with rl.weight_update='drain', where no completion "
+                "runs while weights are swapped; leave it out, or set 'in_flight'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_missing_eos_score(self) -> Self:
+        """It is a score like any other."""
+        if self.missing_eos_score != "lowest" and not math.isfinite(self.missing_eos_score):
+            raise ValueError(
+                f"rl.missing_eos_score={self.missing_eos_score} is no score; allowed: a finite number, or 'lowest'"
+            )
         return self
 
     @model_validator(mode="after")

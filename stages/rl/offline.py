@@ -39,7 +39,7 @@ from stages.rl.config import RlConfig
 from stages.rl.kept import KeptCheckpoints
 from stages.rl.ledger.offline import OfflineHeader, write_offline_ledger
 from stages.rl.pair_batches import PairBatch, PairStream, build_pair_batches, compute_batch_loss
-from stages.rl.placement import pin_this_process, place
+from stages.rl.placement import check_launched, pin_this_process, place
 from stages.rl.progress import Progress
 from stages.rl.reference import ReferenceSource
 from stages.rl.rollouts import Reference
@@ -161,6 +161,7 @@ def train_offline(
     train, lengths = _read_pairs(inputs, "train")
     validation, _ = _read_pairs(inputs, "validation")
     devices = _place_learner(config)
+    check_launched(devices)
     pin_this_process(devices)
     with open_ranks(config.learner, SETTING, workdir, sorted(parse_cores(devices))) as ranks:
         loop = OfflineLoop(make_models(ranks, inputs, config, workdir), inputs, config, timeline, workdir)

@@ -126,8 +126,11 @@ def require_reachable(publish: Publish, placement: Placement, urls: Sequence[str
         )
 
 
-def check_launched(placement: Placement) -> None:
+def check_launched(learner: str) -> None:
     """A launcher gives its ranks the first GPUs of this machine, whatever the settings say: they must be the learner's.
+
+    Args:
+        learner: its devices, such as 0-3.
 
     Raises:
         SettingError: a rank would train on another's GPU.
@@ -136,10 +139,10 @@ def check_launched(placement: Placement) -> None:
         return
     own = os.environ["LOCAL_RANK"]
     used = {int(own), *range(int(os.environ.get("LOCAL_WORLD_SIZE", "0")))}
-    others = sorted(used - parse_cores(placement.learner))
+    others = sorted(used - parse_cores(learner))
     if others:
         raise SettingError(
-            f"rl.learner_devices: GPU {others[0]} is not among the learner's, {placement.learner}, and a rank of the "
+            f"rl.learner_devices: GPU {others[0]} is not among the learner's, {learner}, and a rank of the "
             f"launcher uses it, as they use GPU 0 to {max(used)}; give the generators the last GPUs by "
             "rl.generator.devices, or start fewer ranks"
         )

@@ -14,7 +14,7 @@ from stages.common.hashing import hash_paths, hash_text
 from stages.common.watched import warn_unless_watched
 from stages.data.seeds import derive_seed
 from stages.data.store import read_prompts
-from stages.generation.config import GenerationConfig
+from stages.generation.config import GenerationConfig, require_room
 from stages.generation.devices import name_visible_gpus
 from stages.generation.engine_args import check_engine_args
 from stages.generation.protocol import Generator, Request, SamplingPlan
@@ -26,7 +26,7 @@ from stages.learner.launch import open_ranks
 from stages.learner.ranks import Ranks
 from stages.learner.trainable import count_shared_blocks, load_trained_policy, load_trained_reward, shares_prompts
 from stages.models.load import list_devices, load_tokenizer
-from stages.rl.algorithm_config import PpoConfig, check_greedy_max_tokens
+from stages.rl.algorithm_config import DpoConfig, PpoConfig, check_greedy_max_tokens
 from stages.rl.algorithms import ALGORITHMS
 from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.config import RlConfig
@@ -152,10 +152,14 @@ def train_policy(
 def _place(config: RlConfig, generation: GenerationConfig) -> Placement:
     """Who gets which devices, once it is known that servers would start there and could be sent weights."""
     placement = place(config, list_devices(), count_gpus(generation))
-    if config.replay_from is None:
-        check_launched(placement)
+    is_replayed = config.replay_from is not None
+    if not is_replayed or config.learner_devices != "auto":
+        check_launched(placement.learner)
+    if not is_replayed:
         check_publish(config, placement)
-        check_engine_args(generation.engine_args if generation.engine == "vllm" else ())
+        check_engine_args(generation.engine_args)
+        if not isinstance(config.algorithm, DpoConfig):
+            require_room(generation, config.algorithm.samples_per_prompt, "rl.algorithm.samples_per_prompt")
     return placement
 
 

@@ -24,6 +24,12 @@ def write_params(folder: Path, section: str, key: str, value: Any) -> None:
             "rl.algorithm.greedy_max_tokens=48 cuts nothing: allowed: below generation.max_new_tokens=48, or null",
         ),
         ("generation", "max_new_tokens", 49, "reward.max_tokens=136 is below generation.max_prompt_tokens"),
+        ("generation", "max_num_seqs", 3, "pairs.samples_per_prompt=6 exceeds generation.max_num_seqs=3, and vLLM"),
+        ("judge", "samples_per_prompt", 129, "judge.samples_per_prompt=129 exceeds generation.max_num_seqs=128"),
+        (
+            *("rl", "algorithm", {"name": "rloo", "samples_per_prompt": 129}),
+            "rl.algorithm.samples_per_prompt=129 exceeds generation.max_num_seqs=128",
+        ),
     ],
 )
 def test_sections_that_do_not_fit_together_are_refused(

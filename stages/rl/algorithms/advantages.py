@@ -55,8 +55,10 @@ def mean_of_other_groups(values: Tensor, groups: Tensor) -> Tensor:
 def whiten(per_token: Tensor, completion_mask: Tensor) -> Tensor:
     """Over all tokens of the batch: mean 0, standard deviation 1; 0 on padding. [B, T] -> [B, T]"""
     require_shape("completion_mask", completion_mask, per_token.shape)
-    kept = per_token[completion_mask]
-    whitened = (per_token - kept.mean()) / (kept.std(correction=0) + 1e-8)
+    # The mean of equal numbers need not be that number; measured from one of them all are 0, and so is their mean.
+    centred = per_token - per_token[completion_mask][0]
+    kept = centred[completion_mask]
+    whitened = (centred - kept.mean()) / (kept.std(correction=0) + 1e-8)
     return torch.where(completion_mask, whitened, 0.0)
 
 

@@ -118,6 +118,12 @@ def wrong_logprob(value: float | None) -> Answer:
     return answer_so
 
 
+async def aborted(exchange: Exchange) -> None:
+    answer = exchange.good_answer()
+    answer["choices"][0]["finish_reason"] = "abort"
+    await exchange.send_json(answer)
+
+
 def wrong_versions(*spans: tuple[Any, int, int]) -> Answer:
     async def answer_so(exchange: Exchange) -> None:
         answer = exchange.good_answer()

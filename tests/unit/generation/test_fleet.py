@@ -52,6 +52,8 @@ UNUSABLE: dict[str, Answer] = {
     "-inf": scripted.wrong_logprob(float("-inf")),
     "a positive logprob": scripted.wrong_logprob(1.0),
     "no logprob": scripted.wrong_logprob(None),
+    "what vLLM sends for NaN": scripted.wrong_logprob(-9999.0),
+    "a completion that was aborted": scripted.aborted,
     "no version": scripted.wrong_versions(),
     "a version too few": scripted.wrong_versions(("0", 0, 1)),
     "a version that is no number": scripted.wrong_versions(("default", 0, 2)),
@@ -247,6 +249,19 @@ def test_an_unusable_answer_is_asked_for_again(server: ScriptedServer, tmp_path:
     ]
     assert server.told("load") == ["load base"]
     require_own_tokens(events)
+
+
+def test_a_timeline_that_cannot_be_written_ends_the_fleet(server: ScriptedServer, tmp_path: Path) -> None:
+    class Full(Watch):
+        def record(self, role: str, kind: str, started: float, ended: float, policy_version: int) -> None:
+            super().record(role, kind, started, ended, policy_version)
+            if kind == "generate":
+                raise OSError(28, "No space left on device", "timeline.jsonl")
+
+    with start_fleet([server], tmp_path, watch=Full()) as fleet:
+        fleet.submit(make_ticket(0))
+        with pytest.raises(OSError, match=r"timeline\.jsonl"):
+            finish(fleet, 2)
 
 
 @pytest.mark.parametrize("kind", [*GONE, *LATE])

@@ -1,8 +1,9 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
-from stages.data.batches import collate
+from stages.data.batches import SequenceBatch, collate
 from stages.data.text import TokenSequence
 from stages.learner import logprobs
 from tests.tiny import tiny_llama
@@ -79,3 +80,28 @@ def test_the_gradient_of_a_cast_head_is_that_of_autograd() -> None:
     actual, expected = (torch.autograd.grad(item.sum(), weight)[0] for item in (mine, plain))
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)  # bf16 keeps 8 bits
+
+
+def test_a_frozen_head_is_cast_once_until_other_weights_are_put_into_it() -> None:
+    trained, frozen, batch = tiny_llama(), tiny_llama(), collate(SEQUENCES)
+    frozen.requires_grad_(False)
+    head = frozen.get_output_embeddings()
+
+    assert torch.equal(_compute_in_bf16(frozen, batch), _compute_in_bf16(trained, batch))
+    kept = vars(head)[logprobs._KEPT].weight
+    assert torch.equal(_compute_in_bf16(frozen, batch), _compute_in_bf16(trained, batch))
+    assert vars(head)[logprobs._KEPT].weight is kept
+    assert kept.dtype == torch.bfloat16
+
+    before = _compute_in_bf16(trained, batch)
+    for model in (trained, frozen):
+        model.load_state_dict(tiny_llama(seed=1).state_dict())
+    assert torch.equal(_compute_in_bf16(frozen, batch), _compute_in_bf16(trained, batch))
+    assert not torch.equal(_compute_in_bf16(frozen, batch), before)
+    assert torch.equal(logprobs.compute_logprobs(frozen, batch), logprobs.compute_logprobs(trained, batch))
+
+
+@torch.no_grad()
+def _compute_in_bf16(model: PreTrainedModel, batch: SequenceBatch) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return logprobs.compute_logprobs(model, batch)

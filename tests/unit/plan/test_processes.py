@@ -68,8 +68,9 @@ def test_ppo_holds_a_value_model_and_one_process_its_larger_gradients(tmp_path: 
     (learner, *_) = [item for item in plan(tmp_path, CPU, **changes) if item.stage == "train_policy"]
 
     assert learner.name == "policy + reference + value + reward"
-    # Three models in float32 and one in bf16, of 134.5M parameters; the reference's linear layers are in bf16 too
-    assert learner.parts.weights == pytest.approx(14 * 134.515e6 - 2 * 106.168e6, rel=1e-4)
+    # Three models in float32 and one in bf16, of 134.5M parameters; the reference's linear layers are in bf16 too, and
+    # its head of 49,152 x 576 is there twice
+    assert learner.parts.weights == pytest.approx(14 * 134.515e6 - 2 * 106.168e6 + 2 * 28.312e6, rel=1e-4)
     assert learner.parts.gradients == pytest.approx(4 * 42.482e6, rel=1e-4)
 
 

@@ -130,11 +130,15 @@ def test_a_wrong_setting_of_dpo_is_named(tmp_path: Path, algorithm: dict[str, An
             {"algorithm": {"name": "grpo", "kl_loss_estimator": "exact"}, "reference_on": "generator"},
             "rl.reference_on='generator' with rl.algorithm.kl_loss_estimator='exact'",
         ),
+        (
+            {"generator": {"kv_cache": "recompute"}, "weight_update": "drain"},
+            "rl.generator.kv_cache='recompute' does nothing with rl.weight_update='drain'",
+        ),
+        ({"missing_eos_score": float("nan")}, "rl.missing_eos_score=nan"),
+        ({"missing_eos_score": float("-inf")}, "rl.missing_eos_score=-inf"),
     ],
 )
-def test_what_an_algorithm_cannot_have_of_the_rest_is_refused(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_what_does_nothing_or_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError) as caught:
         load_edited(tmp_path, **changes)
 

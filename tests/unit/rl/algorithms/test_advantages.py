@@ -82,6 +82,13 @@ def test_reinforce_pp_whitens_returns_over_all_tokens() -> None:
     torch.testing.assert_close(shaped.advantages, expected)
 
 
+@pytest.mark.parametrize("value", [-4.4, -3.217, 1.9])
+def test_whitening_equal_returns_makes_nothing_of_rounding(value: float) -> None:
+    returns = torch.full((64, 48), value)
+
+    assert advantages.whiten(returns, torch.ones_like(returns, dtype=torch.bool)).eq(0).all()
+
+
 def test_a_number_is_put_at_the_last_token() -> None:
     placed = advantages.put_at_end(torch.tensor([5.0, 7.0]), MASK)
 
