@@ -44,7 +44,11 @@ def draw(study: Study, report: dict[str, Any], path: Path) -> None:
 def styles(study: Study, cells: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]], str, str]]:
     """Name, cells, colour and marker of each line."""
     pairs = zip(cycle(COLOURS), cycle(MARKERS), strict=True)
-    return [(str(name), members, *next(pairs)) for (name,), members in group(cells, [study.series]).items()]
+    lines = group(cells, [study.series]).items()
+    return [
+        (f"{study.series} = {name}" if isinstance(name, int) else str(name), members, *next(pairs))
+        for (name,), members in lines
+    ]
 
 
 def draw_by_x(axes: Axes, study: Study, cells: list[dict[str, Any]]) -> None:
