@@ -34,7 +34,7 @@ class GenerationConfig(Section):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Compute type of the generator."""
     max_num_seqs: PositiveInt = 128
-    """Sequences a server works on at once."""
+    """Sequences a server works on at once; of one prompt there cannot be more."""
     prompts_at_once: PositiveInt = 1
     """transformers: prompts whose samples form one batch. With 1 a prompt's samples are the same to the last bit
     whatever else is sampled; with more they are sampled faster, and rounding depends on who shares the batch."""

