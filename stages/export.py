@@ -9,7 +9,7 @@ from typing import Any
 from stages.common.config import PARAMS, load_section
 from stages.common.entry import run_entry
 from stages.common.errors import InputError
-from stages.common.pipeline import read_out_hashes
+from stages.common.pipeline import find_upstream, flatten, read_lock, read_out_hashes, read_settings, read_stages
 from stages.common.publish import staging_directory
 from stages.common.version import git_commit
 from stages.generation.config import GenerationConfig
@@ -33,13 +33,14 @@ def export_policy(target: Path) -> None:
     """Write the export; an earlier one at the same place is replaced.
 
     Raises:
-        InputError: there is no policy, or something that is no export lies at `target`.
+        InputError: there is no policy, it was made with other settings, or what lies at `target` is no export.
         SettingError: params.yaml is wrong.
     """
     generation = load_section("generation", GenerationConfig)
     model = load_section("model", ModelConfig)
     if not POLICY.is_dir():
         raise InputError(f"{POLICY}: no such model; run `make run` first")
+    _require_settings()
     target = target.resolve()
     _require_replaceable(target)
     from stages.models.load import load_tokenizer, require_model_directory
@@ -50,9 +51,26 @@ def export_policy(target: Path) -> None:
         model, PARAMS.read_text(encoding="utf-8"), _read_metrics(), read_out_hashes(), git_commit()
     )
     with staging_directory(target) as staged:
-        shutil.copytree(POLICY, staged, dirs_exist_ok=True)
+        # Contents without modes: DVC's outs are read-only.
+        shutil.copytree(POLICY, staged, dirs_exist_ok=True, copy_function=shutil.copyfile)
         _write_sampling_settings(staged, generation)
         (staged / CARD).write_text(card, encoding="utf-8")
+
+
+def _require_settings() -> None:
+    """Refuse settings that the policy was not made with: card and sampling settings would tell of another one."""
+    lock = read_lock()
+    if "train_policy" not in lock:
+        return
+    stages = read_stages()
+    for name in (*find_upstream("train_policy", stages), "train_policy"):
+        made, today = flatten(lock[name].settings) if name in lock else {}, flatten(read_settings(stages[name]))
+        for key in sorted(made.keys() | today.keys() if made else ()):
+            if made.get(key) != today.get(key):
+                raise InputError(
+                    f"{POLICY}: was made with {key}={made.get(key)!r}, params.yaml has {today.get(key)!r}; run "
+                    "`make run`, or set params.yaml back, so that the export says what it is"
+                )
 
 
 def _require_replaceable(target: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from stages.common.entry import run_entry
 from stages.common.errors import InputError
-from stages.common.pipeline_record import read_timings
+from stages.common.links import POLICY, find_judged_policy
+from stages.common.pipeline import read_lock, read_stages
+from stages.common.pipeline_record import LAST_STAGE, read_timings
 
 METRICS = Path("metrics")
 NOT_MEASURED = "–"
@@ -18,7 +20,7 @@ Rows = list[tuple[str, str]]
 
 
 def main() -> None:
-    """Print the results that are there; a stage that has not run is left out."""
+    """Print the results that are there; a stage that has not run is left out, as is the verdict on another policy."""
     sys.stdout.write(format_report(METRICS, read_timings()))
 
 
@@ -27,7 +29,7 @@ def format_report(metrics: Path, timings: dict[str, float]) -> str:
     reward = read_metrics(metrics / "reward.json")
     scorer = reward.get("kind", "reward model")
     rows = [
-        *_judge_rows(read_metrics(metrics / "judge.json"), scorer),
+        *_judge_rows(read_metrics(metrics / "judge.json") if is_judged() else {}, scorer),
         *_policy_rows(read_metrics(metrics / "policy.json"), scorer),
         *_reward_rows(reward),
         *_sft_rows(read_metrics(metrics / "sft.json")),
@@ -39,6 +41,18 @@ def format_report(metrics: Path, timings: dict[str, float]) -> str:
         parts.append(_format_table("Time of each stage's last run", times))
     parts.append(_format_table("Where to look next", _next_rows()))
     return "\n".join(parts)
+
+
+def is_judged() -> bool:
+    """Whether what the judge said last is about the present policy; without a dvc.lock of both nothing says otherwise.
+
+    Raises:
+        RunError: there is a dvc.lock but no readable dvc.yaml.
+    """
+    lock = read_lock()
+    if LAST_STAGE not in lock or "train_policy" not in lock:
+        return True
+    return find_judged_policy(lock, read_stages()) == lock["train_policy"].outs.get(POLICY)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

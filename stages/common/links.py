@@ -71,14 +71,14 @@ def _note_outs(name: str, run: StageRun, lock: dict[str, LockEntry], stages: dic
     path = TRACKING / run.pipeline / f"{name}.jsonl"
     if path.exists():
         inputs = {dep: md5 for dep, md5 in lock[name].deps.items() if not dep.startswith("stages/")}
-        judged = _find_policy(lock, stages) if name == LAST_STAGE else None
+        judged = find_judged_policy(lock, stages) if name == LAST_STAGE else None
         _append(EventLog(path), "outs", outs=lock[name].outs, inputs=inputs, pipeline_id=run.pipeline, judged=judged)
     else:
         logger.warning("the local log of a run is gone, its outs are not linked path=%s", path)
     note_change(name, outs=lock[name].outs)
 
 
-def _find_policy(lock: dict[str, LockEntry], stages: dict[str, StageEntry]) -> str | None:
+def find_judged_policy(lock: dict[str, LockEntry], stages: dict[str, StageEntry]) -> str | None:
     """Hash of the policy that the last stage judged, if dvc.lock fits together from there on."""
     makers = {out: name for name, entry in lock.items() for out in entry.outs}
     for name in (LAST_STAGE, *find_upstream(LAST_STAGE, stages)):

@@ -80,13 +80,28 @@ def find_cautions(runs: Sequence[ComparedRun], num_shared: int) -> list[str]:
             f"{', '.join(map(str, counts))}. Rates in the table are over each run's own."
         )
     judged = [run for run in runs if run.opponent is not None]
-    if len({(run.opponent, run.judge_model) for run in judged}) > 1:
-        pairs = ", ".join(dict.fromkeys(f"{run.judge_model or 'unknown'} against {run.opponent}" for run in judged))
+    if len({(run.opponent, run.judge_model, run.judge_settings) for run in judged}) > 1:
+        pairs = ", ".join(dict.fromkeys(map(_describe_judge, judged)))
         cautions.append(f"The LLM judge was not the same, or compared with different opponents: {pairs}.")
+    if not _have_one_sft_model(runs):
+        cautions.append(
+            "The SFT model answered differently: another model, engine or seed. Win-rates and KL are against them."
+        )
     changed = [run.pipeline for run in runs if run.is_dirty]
     if changed:
         cautions.append(f"Files differed from the commit: {', '.join(changed)}.")
     return cautions
+
+
+def _describe_judge(run: ComparedRun) -> str:
+    mode, prompt, temperature = run.judge_settings
+    return f"{run.judge_model or 'unknown'} ({mode}, {prompt}, temperature {temperature}) against {run.opponent}"
+
+
+def _have_one_sft_model(runs: Sequence[ComparedRun]) -> bool:
+    """As far as one sees: the same answers to the samples that all have."""
+    shared = set.intersection(*(set(run.samples) for run in runs)) if runs else set()
+    return all(run.samples[key].sft == runs[0].samples[key].sft for run in runs[1:] for key in shared)
 
 
 def format_number(value: float) -> str:

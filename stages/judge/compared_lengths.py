@@ -19,10 +19,10 @@ def add_length_control(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
     AlpacaEval 2's rate needs a term for each instruction, which takes three policies that one judge compared with the
     very same completions. Where runs are fewer, or their opponents differ, they stay as they are.
     """
-    groups: dict[tuple[str | None, Opponents], list[int]] = {}
+    groups: dict[tuple[str | None, tuple[str, ...], Opponents], list[int]] = {}
     for index, run in enumerate(runs):
         if run.verdicts:
-            groups.setdefault((run.judge_model, _list_opponents(run)), []).append(index)
+            groups.setdefault((run.judge_model, run.judge_settings, _list_opponents(run)), []).append(index)
     found = list(runs)
     for members in groups.values():
         samples = [_collect(runs[index]) for index in members]

@@ -27,6 +27,8 @@ CURVE = tuple(
     for end in ("", "_interval_low", "_interval_high")
 )
 """What is read of every version of a run, as evaluate_checkpoints logs it."""
+JUDGE_SETTINGS = ("mode", "prompt", "temperature")
+"""Beside its model: what makes the verdicts of two judges incomparable."""
 RowT = TypeVar("RowT", bound="TableRow")
 
 
@@ -93,6 +95,8 @@ class ComparedRun:
     opponent: str | None
     """Whom the LLM judge compared the policy with; None without an LLM judge."""
     judge_model: str | None
+    judge_settings: tuple[str, ...]
+    """Mode, rubric and temperature of the LLM judge; "unknown" for what the run does not say."""
     metrics: Mapping[str, float]
     """The judge's, without `judge/`; none is NaN or infinite."""
     curve: Mapping[int, Mapping[str, float]]
@@ -134,6 +138,7 @@ def read_run(client: "MlflowClient", run: str, experiment: str) -> ComparedRun:
         recipe=tags.get("slipstream.recipe"),
         opponent=str(judge.data.params.get("judge.against", "sft")) if verdicts or model != "None" else None,
         judge_model=None if model == "None" else str(model),
+        judge_settings=tuple(str(judge.data.params.get(f"judge.{name}", "unknown")) for name in JUDGE_SETTINGS),
         metrics=_select(judge.data.metrics),
         curve=_read_curve(client, parent),
         samples=_number_samples(samples),

@@ -44,7 +44,7 @@ class JudgeConfig(Section):
     call_timeout_s: PositiveFloat = 60.0
     """Of one call."""
     total_timeout_s: PositiveFloat = 7200.0
-    """Of all judging of one run of the stage."""
+    """Of all judging of one model's samples."""
     max_attempts: PositiveInt = 6
     """Tries of one call that is refused for a time, fails or gets no answer."""
     max_calls: PositiveInt = 10_000

@@ -13,7 +13,7 @@ from stages.judge.config import JudgeConfig
 from stages.judge.evaluate import Metrics, compute_wins, judge_wins
 from stages.judge.length_control import measure_length_control
 from stages.judge.llm.judging import Judging, judge_matches
-from stages.judge.matches import Judgement, Match
+from stages.judge.matches import Judgement
 from stages.judge.opponents import SFT, Opponent, Places, find_opponent, make_matches
 from stages.judge.preferences import measure_preferences
 from stages.models.load import load_tokenizer
@@ -63,8 +63,8 @@ def evaluate_by_llm(
     asked = set(comparison.prompt_ids)
     opponent = find_opponent(config.against, [prompt for prompt in prompts if prompt.prompt_id in asked], places)
     matches = make_matches(prompts, comparison.policy.completions, opponent)
-    judging = judge_matches(matches, config, _find_workdir(places.samples, opponent, config))
-    gold, proxy_wins = _score(comparison, matches, scorers, config, sft)
+    judging = judge_matches(matches, config, _find_workdir(places, opponent, config))
+    gold, proxy_wins = _score(comparison, opponent, scorers, config, sft)
     return LlmEvaluation(
         opponent=opponent,
         judgements=judging.judgements,
@@ -92,13 +92,13 @@ def count_questions(judging: Judging) -> Metrics:
 
 
 def _score(
-    comparison: Comparison, matches: Sequence[Match], scorers: Scorers, config: JudgeConfig, sft: Path
+    comparison: Comparison, opponent: Opponent, scorers: Scorers, config: JudgeConfig, sft: Path
 ) -> tuple[GoldScores | None, list[float]]:
     """What gold and proxy say about the very same matches; gold is None where the task has none."""
     policy, other = comparison.policy, comparison.sft
     gold_wins, other_gold, other_proxy = judge_wins(comparison, "gold"), other.gold, other.proxy
     if config.against != SFT:
-        opponents = _make_completions(policy.completions, matches, sft)
+        opponents = _make_completions(policy.completions, opponent, sft)
         other_gold = scorers.gold.score(opponents) if scorers.gold else None
         other_proxy = scorers.proxy.score(opponents)
         if policy.gold is not None and other_gold is not None:
@@ -110,27 +110,31 @@ def _score(
     return gold, compute_wins(policy.proxy, other_proxy)
 
 
-def _make_completions(policy: Sequence[Completion], matches: Sequence[Match], sft: Path) -> list[Completion]:
-    """The opponents' texts as scorers read them: tokens of the SFT model's tokenizer, taken for finished."""
+def _make_completions(policy: Sequence[Completion], opponent: Opponent, sft: Path) -> list[Completion]:
+    """The opponent's texts as scorers read them: tokens of the SFT model's tokenizer, and EOS if they are finished."""
     tokenizer = load_tokenizer(sft)
     completions = []
-    for completion, match in zip(policy, matches, strict=True):
-        token_ids = (*tokenizer(match.opponent, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    for completion in policy:
+        key = opponent.find_key(completion)
+        is_finished = opponent.finished.get(key, True)
+        token_ids = tuple(tokenizer(opponent.texts[key], add_special_tokens=False)["input_ids"])
+        token_ids += (tokenizer.eos_token_id,) if is_finished or not token_ids else ()
         completions.append(
             replace(
                 completion,
-                text=match.opponent,
+                text=opponent.texts[key],
                 token_ids=token_ids,
                 sampling_logprobs=(0.0,) * len(token_ids),
                 token_policy_versions=(),
-                is_finished=True,
+                is_finished=is_finished,
             )
         )
     return completions
 
 
-def _find_workdir(samples: Path, opponent: Opponent, config: JudgeConfig) -> Path:
+def _find_workdir(places: Places, opponent: Opponent, config: JudgeConfig) -> Path:
     """One for each question that can be asked: the same samples, opponent, judge and rubric. Limits may change."""
-    samples_hash = hash_paths((str(samples),))[str(samples)]
+    folder = str(places.evaluation or places.samples)
+    other = SFT if config.against == SFT else opponent.sha256  # the SFT model's are among the samples
     asked = (config.model, config.base_url, config.mode, config.prompt, config.structured, config.temperature)
-    return WORK / hash_text(f"{samples_hash} {opponent.sha256} {asked} {config.max_reply_tokens}")[:16]
+    return WORK / hash_text(f"{hash_paths((folder,))[folder]} {other} {asked} {config.max_reply_tokens}")[:16]

@@ -7,7 +7,7 @@ So an opponent carries the hash of what was read.
 import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.common.errors import InputError, SettingError
@@ -34,11 +34,29 @@ class Opponent:
     """By prompt_id and sample_index. One that has a single completion of a prompt meets every sample with it."""
     sha256: str
     """Of the file it was read from."""
+    finished: Mapping[tuple[str, int], bool] = field(default_factory=dict)
+    """Which ended by themselves, where the file says so; the others are taken for finished."""
+
+    def find_key(self, completion: Completion) -> tuple[str, int]:
+        """Of the completion that one of the policy's meets.
+
+        Raises:
+            SettingError: there are several of its prompt, but fewer than the policy has.
+        """
+        prompt_id, index = completion.prompt_id, completion.sample_index
+        if (prompt_id, 1) not in self.texts:
+            return prompt_id, 0
+        if (prompt_id, index) not in self.texts:
+            raise SettingError(
+                f"judge.against: {self.name} has no sample {index} of prompt {prompt_id}; it needs one completion of "
+                "each prompt, or judge.samples_per_prompt of them"
+            )
+        return prompt_id, index
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where opponents are looked for."""
+    """Where opponents are looked for, and what is judged together."""
 
     samples: Path = Path("artifacts/samples")
     """What stage sample_policy wrote."""
@@ -46,6 +64,8 @@ class Places:
     """What stage prepare_data wrote."""
     experiment: str = "slipstream"
     """The MLflow experiment in which pipeline ids are looked up."""
+    evaluation: Path | None = None
+    """All samples that one budget is for; None: `samples` alone."""
 
 
 def find_opponent(against: str, prompts: Sequence[Prompt], places: Places) -> Opponent:
@@ -88,24 +108,16 @@ def make_matches(prompts: Sequence[Prompt], policy: Sequence[Completion], oppone
         SettingError: the opponent has several completions of a prompt, but fewer than the policy.
     """
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    return [Match(by_id[item.prompt_id], item.sample_index, item.text, _find_text(opponent, item)) for item in policy]
-
-
-def _find_text(opponent: Opponent, completion: Completion) -> str:
-    prompt_id, index = completion.prompt_id, completion.sample_index
-    if (prompt_id, 1) not in opponent.texts:
-        return opponent.texts[prompt_id, 0]
-    if (prompt_id, index) not in opponent.texts:
-        raise SettingError(
-            f"judge.against: {opponent.name} has no sample {index} of prompt {prompt_id}; it needs one completion of "
-            "each prompt, or judge.samples_per_prompt of them"
-        )
-    return opponent.texts[prompt_id, index]
+    return [
+        Match(by_id[item.prompt_id], item.sample_index, item.text, opponent.texts[opponent.find_key(item)])
+        for item in policy
+    ]
 
 
 def _read_samples(name: str, path: Path) -> Opponent:
-    texts = {(item.prompt_id, item.sample_index): item.text for item in read_completions(path)}
-    return Opponent(name, texts, _hash_file(path))
+    completions = {(item.prompt_id, item.sample_index): item for item in read_completions(path)}
+    texts = {key: item.text for key, item in completions.items()}
+    return Opponent(name, texts, _hash_file(path), {key: item.is_finished for key, item in completions.items()})
 
 
 def _read_references(data: Path) -> Opponent:

@@ -56,8 +56,11 @@ def find_readers(client: "MlflowClient", data: str) -> list[Reader]:
 def _find_hash(data: str) -> str:
     """The hash itself, or that of a path in dvc.lock."""
     known: dict[str, str] = {}
-    for entry in read_lock().values():
-        known |= entry.deps | entry.outs
+    lock = read_lock().values()
+    for entry in lock:
+        known |= entry.deps
+    for entry in lock:  # what a stage has made last, where one that reads it has not run since
+        known |= entry.outs
     path = data.removeprefix("./").rstrip("/")
     if path in known:
         return known[path]

@@ -171,7 +171,8 @@ def find_architecture(model: ModelConfig, places: Places) -> Architecture:
     if found is not None:
         shorten_config(found.config, model.keep_layers)
         return found
-    found = read_architecture(places.artifacts / "artifacts/base")  # has as many layers as were kept when it was made
+    # It has as many layers as were kept when it was made.
+    found = read_architecture(places.artifacts / "artifacts/base") if places.has_made(model) else None
     if found is None:
         known = ", ".join(sorted(name for item in _read_known() for name in item["names"]))
         raise InputError(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stages.check_params import require_settings
 from stages.common.config import load_section
+from stages.common.pipeline import DVC_LOCK, read_lock
 from stages.data.config import DataConfig
 from stages.data.scorers import ClassifierScorer, ModelScorer, RuleScorer
 from stages.generation.config import GenerationConfig
@@ -61,6 +62,11 @@ class Places:
     """What relative paths of settings are relative to: the checkout."""
     artifacts: Path
     """The folder of artifacts/ and metrics/: the checkout, or a recipe's workspace."""
+
+    def has_made(self, model: ModelConfig) -> bool:
+        """Whether the models in `artifacts` are of this section `model`; without a dvc.lock nothing says otherwise."""
+        entry = read_lock(self.artifacts / DVC_LOCK).get("prepare_model")
+        return entry is None or ModelConfig.model_validate(entry.settings["model"]) == model
 
 
 def read_settings(path: Path) -> Settings:

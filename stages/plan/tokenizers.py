@@ -62,7 +62,8 @@ def _list_roles(settings: Settings) -> list[str]:
 
 
 def _find(settings: Settings, places: Places) -> list[Found]:
-    paths = {role: places.artifacts / path for role, path in ARTIFACTS.items()}
+    is_made = places.has_made(settings.model)  # else those of another model are there
+    paths = {role: places.artifacts / path for role, path in ARTIFACTS.items()} if is_made else {}
     if isinstance(settings.model.source, PathSource):
         paths["base"] = places.inputs / settings.model.source.path
     if settings.gold_model is not None:

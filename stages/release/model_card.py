@@ -30,7 +30,7 @@ def render_model_card(
         "## Licence\n\nThese weights derive from the base model, so its licence and terms of use apply to them, and "
         "those of the data it was tuned on. The default base model, SmolLM2-135M-Instruct, is Apache-2.0.",
         f"## Metrics\n\n{_table(('metric', 'value'), _flatten(metrics))}",
-        f"## Data and models it was made from\n\nCode: commit `{commit}`. Hashes as in dvc.lock:\n\n"
+        f"## Data and models it was made from\n\nExported at commit `{commit}` of the code. Hashes as in dvc.lock:\n\n"
         + _table(("artifact", "md5"), {path: f"`{md5}`" for path, md5 in hashes.items()}),
         f"## Settings\n\n```yaml\n{params.strip()}\n```",
     ]

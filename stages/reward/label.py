@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from stages.common.errors import SettingError
-from stages.data.records import Completion, Pair, Split
+from stages.common.errors import InputError, SettingError
+from stages.data.records import Completion, Pair, Prompt, Split
 from stages.data.store import read_pairs, read_prompts
 from stages.data.text import decode_completion, encode_completion, encode_prompt
 from stages.data.token_pairs import TokenPair
@@ -79,6 +79,7 @@ def label_splits(
 
     Raises:
         SettingError: neither human pairs nor a gold scorer, so nothing can say what is better.
+        InputError: no training prompt is within `max_prompt_tokens`.
     """
     tokenizer = load_tokenizer(sft)
     human = {split: read_pairs(data, split) for split in LABELLED}
@@ -86,17 +87,18 @@ def label_splits(
         raise SettingError("data.task.gold is none and the task has no pairs; name a gold scorer that labels samples")
     labelled: dict[Split, LabelledPairs] = {}
     settings = GeneratorSettings(seed=config.seed)
+    # Before the generator starts, which takes a minute.
+    asked = {
+        split: _make_requests(read_prompts(data, split), split, tokenizer, generation, config) for split in LABELLED
+    }
     with start_generator(sft, generation, log_dir=workdir, settings=settings) as generator:
         for split in LABELLED:
-            prompts = read_prompts(data, split)
-            pairs = human[split]
+            pairs, (requests, too_long) = human[split], asked[split]
             if pairs is None:
-                requests, too_long = make_requests(prompts, tokenizer, generation, config.seed)
                 assert gold is not None
                 labelled[split] = label_samples(generator, gold, requests, too_long, config)
                 continue
             kept, num_ties = label_human_pairs(pairs, tokenizer, gold, config)
-            requests, too_long = make_requests(prompts, tokenizer, generation, config.seed)
             centring = requests[:NUM_CENTRING_PROMPTS] if split == "train" else []
             groups = generate(generator, centring, SamplingPlan(1))
             samples = [completion for group in groups for completion in group]
@@ -126,10 +128,34 @@ def label_human_pairs(
 def warn_without_pairs(labelled: Mapping[Split, LabelledPairs]) -> None:
     """Not an error here: a task with a rule trains no reward model, and stage train_reward refuses for the others."""
     for split, result in labelled.items():
-        if not result.pairs:
+        if result.pairs:
+            continue
+        if result.num_ties:
             logger.warning(
                 "no pairs: the completions of each prompt all score alike split=%s num_ties=%d", split, result.num_ties
             )
+        else:
+            logger.warning(
+                "no pairs: the task has none, or no prompt fits into generation.max_prompt_tokens split=%s "
+                "num_prompts_too_long=%d",
+                *(split, result.num_prompts_too_long),
+            )
+
+
+def _make_requests(
+    prompts: Sequence[Prompt],
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationConfig,
+    config: PairsConfig,
+) -> tuple[list[Request], int]:
+    """As `make_requests`; without one of the training prompts there is nothing to label or centre on."""
+    requests, too_long = make_requests(prompts, tokenizer, generation, config.seed)
+    if split == "train" and not requests:
+        raise InputError(
+            f"artifacts/data: no training prompt fits into generation.max_prompt_tokens={generation.max_prompt_tokens}"
+        )
+    return requests, too_long
 
 
 def _encode_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> TokenPair:

@@ -69,9 +69,12 @@ def train_reward_model(
     """Train on the training pairs, centre the scores on SFT samples, judge the validation pairs.
 
     Raises:
-        InputError: no pair is left within `max_tokens`.
+        InputError: there is no pair, or none is left within `max_tokens`.
         SettingError: `max_tokens` lets in more than the model can read.
     """
+    for split, pairs in (("train", data.train), ("validation", data.validation)):
+        if not pairs:
+            raise InputError(f"artifacts/pairs: no pairs in split {split}; the log of stage label_pairs says why")
     train, lengths = encode_pairs(data.train, max_tokens=config.max_tokens, too_long=config.too_long)
     validation, _ = encode_pairs(data.validation, max_tokens=config.max_tokens, too_long=config.too_long)
     if not train or not validation:

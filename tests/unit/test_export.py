@@ -50,6 +50,16 @@ def test_export_loads_as_a_plain_model_with_its_sampling_settings() -> None:
     assert settings.eos_token_id == 258
 
 
+@pytest.mark.usefixtures("project")
+def test_a_policy_that_dvc_protects_becomes_files_that_can_be_written() -> None:
+    for path in Path("artifacts/policy").iterdir():
+        path.chmod(0o444)
+
+    export_policy(Path("out"))
+
+    assert all(path.stat().st_mode & 0o200 for path in Path("out").iterdir())
+
+
 def test_card_names_base_model_data_settings_and_metrics(project: Path) -> None:
     export_policy(project / "anywhere")
 
@@ -90,3 +100,17 @@ def test_a_missing_policy_and_a_failed_export_leave_nothing() -> None:
         export_policy(Path("out"))
 
     assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("project")
+def test_settings_that_the_policy_was_not_made_with_are_refused() -> None:
+    Path("dvc.yaml").write_text("stages: {train_policy: {cmd: x, params: [generation], outs: [artifacts/policy]}}")
+    made = "{max_new_tokens: 40, max_prompt_tokens: 88, temperature: 1.0}"
+    Path("dvc.lock").write_text(
+        f"{LOCK}  train_policy: {{cmd: x, params: {{params.yaml: {{generation: {made}}}}}, outs: []}}\n"
+    )
+
+    with pytest.raises(InputError, match=r"made with generation\.temperature=1\.0, params\.yaml has 0\.7; run"):
+        export_policy(Path("out"))
+    Path("params.yaml").write_text(PARAMS.replace("0.7", "1.0"))
+    export_policy(Path("out"))

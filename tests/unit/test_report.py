@@ -75,3 +75,28 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"judge\.json: not valid JSON"):
         format_report(tmp_path, {})
+
+
+LOCK = """
+schema: '2.0'
+stages:
+  train_policy: {{cmd: x, outs: [{{path: artifacts/policy, md5: {trained}.dir}}]}}
+  judge_policy: {{cmd: x, deps: [{{path: artifacts/policy, md5: {judged}.dir}}], outs: [{{path: m, md5: aa}}]}}
+"""
+DVC_YAML = """
+stages:
+  train_policy: {cmd: x, outs: [artifacts/policy]}
+  judge_policy: {cmd: x, deps: [artifacts/policy], outs: [m]}
+"""
+
+
+@pytest.mark.parametrize(("trained", "is_shown"), [("aa", True), ("bb", False)])
+def test_a_verdict_on_an_earlier_policy_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str, is_shown: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "judge.json", {"gold_win_rate": 0.875})
+    Path("dvc.yaml").write_text(DVC_YAML)
+    Path("dvc.lock").write_text(LOCK.format(trained=trained, judged="aa"))
+
+    assert ("gold win-rate" in format_report(tmp_path, {})) is is_shown

@@ -48,6 +48,7 @@ def run(number: int = 0, metrics: Mapping[str, float] = METRICS, **changed: Any)
         "recipe": None,
         "opponent": None,
         "judge_model": None,
+        "judge_settings": ("pairwise", "review", "0.0"),
         "metrics": metrics,
         "curve": {},
         "samples": {("a", 0): sample("a"), ("b", 0): sample("b")},

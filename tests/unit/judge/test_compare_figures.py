@@ -56,5 +56,17 @@ def test_runs_that_cannot_be_compared_are_cautioned_about() -> None:
     assert find_cautions(same, num_shared=2) == []
     prompts, judges, changed = find_cautions([*same, differs], num_shared=1)
     assert "they share 1 samples, of 2, 2, 1" in prompts
-    assert "m against sft, m against references" in judges
+    judge = "m (pairwise, review, temperature 0.0)"
+    assert f"{judge} against sft, {judge} against references" in judges
     assert changed == "Files differed from the commit: pipeline-2."
+
+
+def test_another_rubric_and_another_sft_model_are_cautioned_about() -> None:
+    first = run(0, opponent="sft", judge_model="m")
+    rubric = run(1, opponent="sft", judge_model="m", judge_settings=("single", "instruction", "0.0"))
+    parent = run(2, samples={("a", 0): sample("a"), ("b", 0): sample("b", sft="another answer")})
+
+    (judges,) = find_cautions([first, rubric], num_shared=2)
+    assert "m (single, instruction, temperature 0.0) against sft" in judges
+    (parents,) = find_cautions([first, parent], num_shared=2)
+    assert parents.startswith("The SFT model answered differently")

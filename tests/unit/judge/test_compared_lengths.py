@@ -8,11 +8,12 @@ NAME = "llm_length_controlled_win_rate"
 PROMPTS = [f"p{number}" for number in range(12)]
 
 
-def judged(number: int, wins: list[float], length: int, **changed: object) -> ComparedRun:
+def judged(number: int, wins: list[float], length: int, rubric: str = "review", **changed: object) -> ComparedRun:
     """Beats an opponent of five characters with completions of a length, on some prompts."""
     return run(
         number,
         judge_model="judge",
+        judge_settings=("pairwise", rubric, "0.0"),
         opponent="sft",
         samples={(prompt, 0): sample(prompt, policy="x" * (length + index)) for index, prompt in enumerate(PROMPTS)},
         verdicts={
@@ -37,9 +38,10 @@ def test_three_runs_with_one_opponent_get_a_rate_at_equal_length() -> None:
     [
         [judged(number, [1.0, 0.0] * 6, 5) for number in range(2)],
         [judged(number, [1.0, 0.0] * 6, 5, opponent=f"says {number}") for number in range(3)],
+        [judged(number, [1.0, 0.0] * 6, 5, rubric=f"rubric_{number}") for number in range(3)],
         [run(number) for number in range(3)],
     ],
-    ids=["two runs", "different opponents", "no LLM judge"],
+    ids=["two runs", "different opponents", "different rubrics", "no LLM judge"],
 )
 def test_where_there_are_no_instruction_terms_the_runs_stay_as_they_are(runs: list[ComparedRun]) -> None:
     assert add_length_control(runs) == runs

@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def test_one_completion_of_a_prompt_meets_every_sample(tmp_path: Path) -> None:
 
     assert opponent.name == "gpt"
     assert [item.opponent for item in make_matches(PROMPTS, SAMPLES, opponent)] == ["A", "A", "B", "B"]
+
+
+def test_samples_that_were_cut_stay_so(tmp_path: Path) -> None:
+    cut = [replace(item, is_finished=item.sample_index == 0) for item in SAMPLES]
+    write_completions(tmp_path / "other.parquet", cut)
+
+    opponent = find_opponent(str(tmp_path / "other.parquet"), PROMPTS, Places())
+
+    assert [opponent.finished[opponent.find_key(item)] for item in SAMPLES] == [True, False, True, False]
 
 
 def test_too_few_samples_of_an_opponent_are_named() -> None:

@@ -7,7 +7,7 @@ from stages.common.errors import InputError, SettingError
 from stages.models.config import HubSource, ModelConfig, PackageSource, PathSource
 from stages.plan.architecture import KNOWN, find_architecture, find_known
 from stages.plan.settings import Places
-from tests.tiny import tiny_llama
+from tests.tiny import save_tiny_model, tiny_llama
 
 NOWHERE = Places(Path("nowhere"), Path("nowhere"))
 
@@ -87,3 +87,16 @@ def test_an_unreadable_config_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"config\.json: not a readable config"):
         find_architecture(ModelConfig(source=source), Places(tmp_path, tmp_path))
+
+
+def test_a_model_that_was_made_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "artifacts/base")
+    model = ModelConfig(source=HubSource(kind="hub", repo="someone/new"))
+    places, lock = Places(tmp_path, tmp_path), tmp_path / "dvc.lock"
+    stages = "schema: '2.0'\nstages: {{prepare_model: {{params: {{params.yaml: {{model: {model}}}}}}}}}\n"
+
+    lock.write_text(stages.format(model="{source: {kind: hub, repo: someone/new}}"))
+    assert find_architecture(model, places).num_layers == 2
+    lock.write_text(stages.format(model="{source: {kind: hub, repo: someone/old}}"))
+    with pytest.raises(InputError, match=r"model\.source 'someone/new': its shape is not known"):
+        find_architecture(model, places)

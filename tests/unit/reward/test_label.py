@@ -1,9 +1,17 @@
+from pathlib import Path
+
 import pytest
 
+from stages.common.errors import InputError
+from stages.data.prepare import PreparedData, SplitData
+from stages.data.store import write_task_data
+from stages.generation.config import GenerationConfig
 from stages.generation.protocol import Request
 from stages.reward.config import PairsConfig
-from stages.reward.label import label_samples, warn_without_pairs
+from stages.reward.label import LabelledPairs, label_samples, label_splits, warn_without_pairs
 from tests.fakes import FakeGenerator, FakeScorer
+from tests.tiny import save_tiny_model
+from tests.unit.judge.judgements import prompt
 
 
 def test_each_prompts_samples_are_paired_by_their_own_scores() -> None:
@@ -30,3 +38,18 @@ def test_completions_that_all_score_alike_give_no_pair(caplog: pytest.LogCapture
 
     assert (labelled.pairs, labelled.num_ties, len(labelled.samples)) == ([], 3, 3)
     assert caplog.messages == ["no pairs: the completions of each prompt all score alike split=train num_ties=3"]
+
+
+def test_prompts_that_are_all_too_long_are_named_before_anything_samples(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny_model(tmp_path / "sft")
+    split = SplitData(prompts=[prompt("a")], demonstrations=[], pairs=None)
+    (tmp_path / "data").mkdir()
+    write_task_data(tmp_path / "data", PreparedData({"train": split, "validation": split}, 2, 0, 0, 0, 0))
+    config, generation = PairsConfig(samples_per_prompt=2), GenerationConfig(max_new_tokens=8, max_prompt_tokens=1)
+
+    with pytest.raises(InputError, match=r"no training prompt fits into generation\.max_prompt_tokens=1$"):
+        label_splits(tmp_path / "data", tmp_path / "sft", FakeScorer([]), config, generation, tmp_path)
+    warn_without_pairs({"validation": LabelledPairs([], [], [], num_ties=0, num_prompts_too_long=9)})
+    assert "no prompt fits into generation.max_prompt_tokens split=validation num_prompts_too_long=9" in caplog.text
