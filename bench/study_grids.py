@@ -62,12 +62,12 @@ NUM_REDUCED = 4
 """Of them in the reduced grid."""
 ROLLOUTS, ROLLOUTS_REDUCED = (1, 2, 4, 8, 16), (1, 4, 16)
 ARMS: dict[str, dict[str, Any]] = {
-    "sync, one core each": {"max_staleness": 0, "generator.devices": ["0"], "learner_devices": "1"},
+    "sync, one core each": {"max_staleness": 0, "generator.devices": ["0"], "learner_devices": "'1'"},
     "sync, all cores in each phase": {
         **{"max_staleness": 0, "generator.devices": ["0,1"], "learner_devices": "0,1"},
         "score_on": "learner",
     },
-    "async 1": {"max_staleness": 1, "generator.devices": ["0"], "learner_devices": "1"},
+    "async 1": {"max_staleness": 1, "generator.devices": ["0"], "learner_devices": "'1'"},
 }
 
 
