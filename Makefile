@@ -61,7 +61,7 @@ plan: setup ## what a run would do and need (RECIPE=name; DEVICES=8x80 for GPUs 
 	@$(BIN)/python -m flows.plan $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(DEVICES),--devices "$(DEVICES)")
 
 experiment: setup ## run once with other settings and keep the result (SET="rl.algorithm.name=remax rl.seed=1")
-	@PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" \
+	@PATH="$(CURDIR)/$(BIN):$$PATH" MLFLOW_TRACKING_URI="$$($(BIN)/python -c 'from stages.common import tracking_client; print(tracking_client.tracking_uri())')" \
 		$(BIN)/dvc exp run $(if $(TEMP),--temp) $(foreach setting,$(SET),--set-param "$(setting)")
 
 experiments: setup ## what differs between experiments, times and counts left out
@@ -110,7 +110,7 @@ lineage: setup ## where MODEL=champion comes from (default: the last run), or wh
 compare: setup ## judged runs side by side on one page (RUNS="latest 20261121-101500-1a2b")
 	@$(BIN)/python -m stages.compare_runs $(RUNS)
 
-worker: setup ## run flows of POOLS="local control" on DEVICES (cpu:0-1, gpu:0,2; default: all cores)
+worker: setup ## run flows of POOLS="local control" on DEVICES (cpu:0-1, gpu:0,2; default: all GPUs, else all cores)
 	@$(BIN)/python -m flows.worker $(foreach pool,$(POOLS),--pool $(pool)) $(if $(DEVICES),--devices $(DEVICES))
 
 services: setup ## PostgreSQL, Prefect's server on port 4200 and MLflow's on 5000 (OPTIONS="--sqlite …")

@@ -59,7 +59,7 @@ def make_clone(path: Path, repository: str, revision: str) -> None:
     Raises:
         RunError: git cannot clone it.
     """
-    staged = path.with_suffix(".part")
+    staged = path.with_name(f"{path.name}.part")
     remove_path(staged)
     git(path.parent, "clone", "--quiet", "--no-checkout", repository, str(staged))
     git(staged, "checkout", "--quiet", "--detach", revision)

@@ -71,6 +71,9 @@ def bring_up_to_date(
     Raises:
         SettingError, RunError: see `reproduce`.
     """
+    if not order.has_remote and not order.placement.is_local:
+        # What other workers of this machine have made is in the cache that all clones share.
+        run_dvc(workspace.path, "checkout", "--allow-missing", "--force")
     log_path = workspace.path / ".slipstream" / "logs" / f"{stage}.log"
     variables = order.variables | (env or {})
     with StageOutput(stage, log_path) as output, contextlib.chdir(workspace.path):

@@ -56,6 +56,7 @@ def generator(order: GeneratorOrder) -> None:
     """Serve the run's SFT model with vLLM until the learner has ended; it swaps the weights."""
     name = f"{order.key}.generator-{order.slot}"
     with open_workspace(order.key, order.repository, order.revision, name=name) as workspace, hold_devices():
+        workspace.finish()  # nothing in it is worth keeping, and it is mostly ended by a kill; nobody deletes it before
         _fetch_model(workspace, has_remote=order.has_remote)
         with contextlib.chdir(workspace.path):  # its settings are those of the run
             url, server = _start_server(workspace.path)

@@ -18,14 +18,12 @@ from flows.commands import git
 from flows.dvc import die_with_make, reproduce
 from flows.parameters import find_recipe
 from stages.check_params import require_settings
-from stages.common.config import load_section
 from stages.common.entry import run_entry
 from stages.common.errors import RunError, SettingError
 from stages.common.pipeline import DVC_LOCK
 from stages.common.pipeline_record import read_timings
 from stages.common.publish import remove_path
-from stages.common.tracking import TrackingConfig
-from stages.common.tracking_client import connect, local_uri, prepare_library, tracking_uri
+from stages.common.tracking_client import tracking_uri
 from stages.judge.llm.verdicts import VERDICTS, VERDICTS_VARIABLE
 from stages.link_runs import link_runs
 from stages.report import METRICS, format_report
@@ -62,7 +60,7 @@ def run_recipe(checkout: Path, recipe: str, stages: Sequence[str]) -> None:
     require_settings(path)
     require_committed_code(checkout)
     with chdir(checkout):
-        os.environ["MLFLOW_TRACKING_URI"] = _prepare_store(path)
+        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
     os.environ["SLIPSTREAM_RECIPE"] = recipe
     # Verdicts of an LLM judge are paid for: all workspaces share the checkout's.
     os.environ.setdefault(VERDICTS_VARIABLE, str(checkout.resolve() / VERDICTS))
@@ -191,21 +189,6 @@ def _save(workspace: Path, recipe: str, what: str) -> None:
         git(workspace, "commit", "--quiet", "--no-verify", "-m", f"recipe {recipe}: {what}")
     # A new commit of the checkout starts the branch anew.
     git(workspace, "push", "--quiet", "--force", "origin", f"HEAD:refs/heads/recipes/{recipe}")
-
-
-def _prepare_store(recipe: Path) -> str:
-    """The address of the checkout's MLflow store, which is the present folder's.
-
-    In its own SQLite file the experiment is made here: a stage would put the experiment's files into the workspace.
-    """
-    uri = tracking_uri()
-    if uri == local_uri():
-        prepare_library()
-        client = connect(uri)
-        name = load_section("tracking", TrackingConfig, recipe).experiment
-        if client.get_experiment_by_name(name) is None:
-            client.create_experiment(name, artifact_location=Path("mlruns").resolve().as_uri())
-    return uri
 
 
 if __name__ == "__main__":

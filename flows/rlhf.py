@@ -5,7 +5,6 @@ task here, or, where `placement` names a work pool, a run of deployment `stage/P
 """
 
 import contextlib
-from collections.abc import Iterator
 
 from prefect import State, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -18,7 +17,7 @@ from flows.commands import has_dvc_remote
 from flows.devices import hold_devices
 from flows.dvc import allow_start
 from flows.ending import ending_everything
-from flows.execution import Order, bring_up_to_date, describe_outcome, is_worth_retrying
+from flows.execution import Order, bring_up_to_date, describe_outcome, describe_run, is_worth_retrying
 from flows.generators import serve_generators
 from flows.parameters import RunParameters, Stage, list_needed
 from flows.summary import StageRow, finish_lineage, show_links, show_stages
@@ -48,11 +47,15 @@ MAX_ATTEMPTS = 6
     persist_result=False,
     cache_policy=NO_CACHE,
 )
-def run_stage(stage: Stage, workspace: Workspace, order: Order, rows: list[StageRow]) -> State[None]:
-    """Bring one stage up to date, here or on another worker; Prefect shows one that did not run as Cached."""
+def run_stage(stage: Stage, workspace: Workspace, order: Order, rows: list[StageRow], *, hold: bool) -> State[None]:
+    """Bring one stage up to date, here or on another worker; Prefect shows one that did not run as Cached.
+
+    With `hold` the worker's devices are held for a stage that runs here; without, the run holds them already.
+    """
     with StageRow.measure(stage, order.queue, rows) as row:
         if order.queue == "here":
-            with serve_generators(order, workspace) as env:
+            holding = hold_devices() if hold else contextlib.nullcontext()
+            with holding, serve_generators(order, workspace) as env:
                 row.outcome = describe_outcome(bring_up_to_date(stage, workspace, order, env))
         else:
             row.outcome = run_child(order)
@@ -76,17 +79,19 @@ def rlhf(run: RunParameters = RunParameters()) -> None:  # noqa: B008  Prefect's
         get_run_logger().info("run %s of commit %.10s in %s", workspace.key, revision, workspace.path)
         has_remote = has_dvc_remote(workspace.path)
         stages = list_needed(run, workspace.path / "dvc.yaml")
+        # A run that waits for others must not hold a device that they may need: they could be of this very machine.
+        is_all_here = all(run.placement.stages.get(stage, "here") == "here" for stage in stages)
         try:
-            with hold_if_needed(run, stages):
+            with hold_devices() if is_all_here else contextlib.nullcontext():
                 for stage in stages:
                     order = Order.create(stage, run, workspace, repository, has_remote=has_remote)
-                    run_stage(stage, workspace, order, rows)
+                    run_stage(stage, workspace, order, rows, hold=not is_all_here)
         finally:
             show_stages(rows)
-        finish_lineage(workspace, run.recipe)
+        finish_lineage(workspace, describe_run(workspace.key, run.recipe))
         show_links(workspace)
-        if is_local and repository == str(find_checkout().resolve()) and adopt(workspace):
-            get_run_logger().info("the checkout has this run's dvc.lock and artifacts")
+        if is_local and repository == str(find_checkout().resolve()):
+            give_to_checkout(workspace)
         workspace.finish()
 
 
@@ -109,11 +114,10 @@ def run_key() -> str:
     return name_run(flow_run)
 
 
-@contextlib.contextmanager
-def hold_if_needed(run: RunParameters, stages: list[Stage]) -> Iterator[None]:
-    """A run that only waits for others must not hold a device that they may need."""
-    if all(run.placement.stages.get(stage, "here") != "here" for stage in stages):
-        yield
-        return
-    with hold_devices():
-        yield
+def give_to_checkout(workspace: Workspace) -> None:
+    """Let the checkout have the run's results if it still is what the run ran; the run is done either way."""
+    try:
+        if adopt(workspace):
+            get_run_logger().info("the checkout has this run's dvc.lock and artifacts")
+    except RunError as error:
+        get_run_logger().warning("the checkout has not all of this run's artifacts; `dvc checkout` there: %s", error)

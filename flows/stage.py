@@ -9,6 +9,7 @@ from flows.dvc import allow_start
 from flows.ending import ending_everything
 from flows.execution import Order, Outcome, bring_up_to_date, describe_outcome
 from flows.generators import serve_generators
+from flows.summary import finish_lineage
 from flows.workspace import open_workspace
 from stages.common.errors import InputError, SettingError
 
@@ -26,10 +27,9 @@ def stage(order: Order) -> State[None]:
 
 def run_order(order: Order) -> Outcome:
     """Do what an order says, with generators on other workers if it wants any."""
-    with (
-        ending_everything(),
-        open_workspace(order.key, order.repository, order.revision) as workspace,
-        hold_devices(),
-        serve_generators(order, workspace) as env,
-    ):
-        return describe_outcome(bring_up_to_date(order.stage, workspace, order, env))
+    with ending_everything(), open_workspace(order.key, order.repository, order.revision) as workspace:
+        with hold_devices(), serve_generators(order, workspace) as env:
+            outcome = describe_outcome(bring_up_to_date(order.stage, workspace, order, env))
+        finish_lineage(workspace, order.variables, order.stage)
+        workspace.finish()
+        return outcome

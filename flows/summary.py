@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -14,11 +14,10 @@ from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.exceptions import PrefectHTTPStatusError
 
-from flows.execution import describe_run
 from flows.workspace import Workspace
 
 LINK_S = 120.0
-"""Seconds that telling MLflow about a run's outs may take; what is not sent is sent by the next run."""
+"""Seconds that telling MLflow about a run's outs may take; the worker sends later what is not sent."""
 
 _STAGES = "Run, cached (nothing had changed) or restored (from DVC's run cache); one row per attempt"
 
@@ -53,13 +52,19 @@ def show_stages(rows: list[StageRow]) -> None:
             create_table_artifact([asdict(row) for row in rows], key="stages", description=_STAGES)
 
 
-def finish_lineage(workspace: Workspace, recipe: str | None = None) -> None:
-    """Tell MLflow which run made which outs; it may be away."""
+def finish_lineage(workspace: Workspace, variables: Mapping[str, str], *stages: str) -> None:
+    """Tell MLflow which run made which outs; it may be away.
+
+    Args:
+        workspace: clone where the stages ran.
+        variables: `describe_run` of the run.
+        stages: those that were brought up to date; none means the whole pipeline was, which ends the run.
+    """
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "stages.link_runs"],
+            [sys.executable, "-m", "stages.link_runs", *stages],
             cwd=workspace.path,
-            env=os.environ | describe_run(workspace.key, recipe),
+            env=os.environ | variables,
             capture_output=True,
             text=True,
             timeout=LINK_S,

@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import FlowRun
 from pydantic import Field
 
 from flows.children import start_child, wait_for_child
+from flows.clones import find_checkout
 from flows.commands import git
 from flows.ending import ending_everything
 from flows.parameters import ONLY_SETTINGS, Parameters, RunParameters, Setting, Stage, apply_settings, list_needed
@@ -24,6 +25,7 @@ from flows.summary import find_results
 from flows.workspace import check_settings, choose_repository, name_run, resolve_revision
 from stages.common.errors import RunError, SettingError
 from stages.common.pipeline import read_stage
+from stages.common.publish import read_json, write_json
 
 MAX_POINTS = 256
 
@@ -50,10 +52,7 @@ def sweep(sweep: SweepParameters) -> None:
     """
     require_hope()
     points = list_points(sweep)
-    is_local = sweep.run.placement.is_local
-    repository = choose_repository(sweep.run.repository, is_local=is_local)
-    revision = resolve_revision(repository, sweep.run.revision)
-    pinned = sweep.run.model_copy(update={"repository": repository, "revision": revision})
+    pinned = sweep.run.model_copy(update=pin(sweep.run))
     shared = check_points(pinned, points)
     with ending_everything():
         if shared:
@@ -62,6 +61,20 @@ def sweep(sweep: SweepParameters) -> None:
         children = [start_point(pinned, point, sweep.deployment) for point in points]
         finished = [wait_for_child(child.id) for child in children]
     compare(points, finished)
+
+
+def pin(run: RunParameters) -> dict[str, str]:
+    """Repository and commit of all points. A sweep that is started again keeps those that it had here at first.
+
+    Raises:
+        SettingError: see `choose_repository` and `resolve_revision`.
+    """
+    path = find_checkout() / ".slipstream" / "runs" / f"{run_key()}.sweep.json"
+    if not path.exists():
+        repository = choose_repository(run.repository, is_local=run.placement.is_local)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"repository": repository, "revision": resolve_revision(repository, run.revision)})
+    return {name: str(value) for name, value in read_json(path).items()}
 
 
 def list_points(sweep: SweepParameters) -> list[dict[str, Any]]:

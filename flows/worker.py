@@ -2,11 +2,12 @@
 
 Makes the work pools, the limits of its devices, the automations and the deployments of prefect.yaml on the server, then
 runs one `prefect worker` for each pool, and starts one again that ends. It also schedules crashed pipelines again that
-the server's automation missed. A worker runs one flow run at a time, except on
-pool `control`, whose runs wait for others.
+the server's automation missed, and sends MLflow what runs that have ended could not. A worker runs one flow run at a
+time, except on pool `control`, whose runs wait for others.
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -30,6 +31,10 @@ STOP_S = 40.0
 RESTART_S = 5.0
 LOOK_S = 30.0
 """Between looks for crashed pipelines that the server has not scheduled again."""
+SEND_EVERY_S = 120.0
+"""Between looks for what runs could not send."""
+SEND_S = 60.0
+"""Of one run's folder."""
 MISSED_S = 30.0
 """The server's automation needs a second; while it may still get to a run, nobody else should act."""
 
@@ -38,14 +43,36 @@ def main() -> None:
     """Set the server up and work until Ctrl-C or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m flows.worker", description=__doc__)
     parser.add_argument("--pool", action="append", choices=POOLS, help="default: local and control")
-    parser.add_argument("--devices", help="cores or GPUs to keep to, such as cpu:0-1 or gpu:0,2 (default: all cores)")
+    parser.add_argument(
+        "--devices",
+        help="cores or GPUs to keep to, such as cpu:0-1 or gpu:0,2 (default: all GPUs, else all cores)",
+    )
     parser.add_argument("--name", help="of the worker (default: made by Prefect)")
     arguments = parser.parse_args()
-    devices = arguments.devices or f"cpu:{_format_cores()}"
+    devices = arguments.devices or find_devices()
     environment = make_environment(devices)
     os.environ.update(environment)
     set_up_server(devices)
     work(arguments.pool or ["local", "control"], arguments.name, devices)
+
+
+def find_devices() -> str:
+    """All GPUs that this process sees, else all cores.
+
+    Raises:
+        SettingError: GPUs are named otherwise than by number, or the machine names no cores.
+    """
+    import torch
+
+    if torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        if not all(number.isdecimal() for number in visible.split(",")):
+            raise SettingError(f"CUDA_VISIBLE_DEVICES={visible!r}: names GPUs otherwise than by number; give --devices")
+        return f"gpu:{','.join(sorted(visible.split(','), key=int))}"
+    cores = sorted(os.sched_getaffinity(0))
+    if not cores:
+        raise SettingError("--devices: this machine names no cores; give them")
+    return f"cpu:{','.join(map(str, cores))}"
 
 
 def make_environment(devices: str) -> dict[str, str]:
@@ -57,7 +84,8 @@ def make_environment(devices: str) -> dict[str, str]:
     checkout = str(find_checkout().resolve())
     kind, _, numbers = devices.partition(":")
     list_devices(devices)  # raises for what is no list of devices
-    pinned = {"CUDA_VISIBLE_DEVICES": ",".join(str(number) for number in sorted(parse_cores(numbers)))}
+    # A worker of cores sees no GPU: another worker holds it.
+    visible = sorted(parse_cores(numbers)) if kind == "gpu" else []
     return {
         **{name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ},
         CHECKOUT_VARIABLE: checkout,
@@ -68,7 +96,7 @@ def make_environment(devices: str) -> dict[str, str]:
         # Verdicts of an LLM judge are paid for: the clones of all runs share the checkout's.
         VERDICTS_VARIABLE: os.environ.get(VERDICTS_VARIABLE) or str(Path(checkout) / VERDICTS),
         DEVICES_VARIABLE: devices,
-        **(pinned if kind == "gpu" else {}),
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, visible)),
     }
 
 
@@ -120,22 +148,29 @@ def work(pools: list[str], name: str | None, devices: str) -> None:
     workers = {pool: start_worker(pool, name) for pool in pools}
     sys.stdout.write(f"working for {', '.join(pools)} with {devices}; Ctrl-C ends it\n")
     sys.stdout.flush()
-    last_look = time.monotonic()
+    chores = {look_for_missed: LOOK_S, send_left_behind: SEND_EVERY_S}
+    done_at = dict.fromkeys(chores, time.monotonic())
     try:
         while True:
             time.sleep(RESTART_S)
-            for pool, worker in workers.items():
-                if worker.poll() is not None:
-                    sys.stderr.write(f"the worker of pool {pool} ended with {worker.returncode}; starting it again\n")
-                    workers[pool] = start_worker(pool, name)
-            if time.monotonic() - last_look > LOOK_S:
-                look_for_missed()
-                last_look = time.monotonic()
+            restart_ended(workers, name)
+            for chore, every_s in chores.items():
+                if time.monotonic() - done_at[chore] > every_s:
+                    chore()
+                    done_at[chore] = time.monotonic()
     finally:
         for worker in workers.values():
             worker.terminate()
         for worker in workers.values():
             _wait(worker)
+
+
+def restart_ended(workers: "dict[str, subprocess.Popen[bytes]]", name: str | None) -> None:
+    """Start the worker of each pool anew that has ended."""
+    for pool, worker in workers.items():
+        if worker.poll() is not None:
+            sys.stderr.write(f"the worker of pool {pool} ended with {worker.returncode}; starting it again\n")
+            workers[pool] = start_worker(pool, name)
 
 
 def look_for_missed(missed_s: float = MISSED_S) -> None:
@@ -154,6 +189,23 @@ def look_for_missed(missed_s: float = MISSED_S) -> None:
         sys.stderr.write(f"run {run.name} was still crashed; scheduled again\n")
 
 
+def send_left_behind() -> None:
+    """Send MLflow what runs that have ended could not; the first that it does not take ends the attempt."""
+    from flows.workspace import lock_unsent_clones
+
+    with contextlib.closing(lock_unsent_clones()) as clones:
+        for clone in clones:
+            # -P: of this checkout's code, which knows this command; the run may be of an earlier commit.
+            command = [sys.executable, "-P", "-m", "stages.send_events", "--seconds", str(SEND_S)]
+            try:
+                done = subprocess.run(command, cwd=clone, timeout=2 * SEND_S)
+            except subprocess.TimeoutExpired:
+                sys.stderr.write(f"{clone}: MLflow did not take what is left there; tried again later\n")
+                return
+            if done.returncode:
+                return
+
+
 def start_worker(pool: str, name: str | None) -> "subprocess.Popen[bytes]":
     """`prefect worker start` for one pool; it is asked to stop when this process is gone."""
     command = [sys.executable, "-m", "flows.worker_process", pool, str(LIMITS.get(pool, 1))]
@@ -167,13 +219,6 @@ def _wait(worker: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         worker.kill()
         worker.wait()
-
-
-def _format_cores() -> str:
-    cores = sorted(os.sched_getaffinity(0))
-    if not cores:
-        raise SettingError("--devices: this machine names no cores; give them")
-    return ",".join(str(core) for core in cores)
 
 
 def _python_path() -> list[str]:

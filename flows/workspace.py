@@ -5,24 +5,29 @@ params.yaml and dvc.lock, are commits on branch `runs/KEY`, which is pushed afte
 machine takes the branch up from there; a retry finds its half-trained checkpoints in the same clone.
 """
 
+import fcntl
+import io
 import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import FlowRun
+from ruamel.yaml import YAML
 
 from flows.clones import BASE, find_checkout, list_changes, make_clone, wait_for_lock
 from flows.commands import git, run_dvc
 from flows.parameters import apply_settings
 from stages.common.entry import EXIT_SETTING
 from stages.common.errors import RunError, SettingError
-from stages.common.publish import remove_path
+from stages.common.event_log import TRACKING, unsent_logs
+from stages.common.pipeline import read_yaml
+from stages.common.publish import remove_path, write_text
 
 KEEP_RUNS = 10
 """Clones of finished runs that are kept, newest first."""
@@ -108,6 +113,7 @@ def open_workspace(key: str, repository: str, revision: str, *, name: str | None
     with (runs / f"{name}.lock").open("a") as lock:
         wait_for_lock(lock, runs / name)
         workspace = Workspace(runs / name, key)
+        (workspace.path / _FINISHED).unlink(missing_ok=True)
         if not workspace.path.exists():
             _prune(runs)
             make_clone(workspace.path, repository, revision)
@@ -200,10 +206,18 @@ def adopt(workspace: Workspace) -> bool:
     is_same = git(checkout, "rev-parse", "HEAD") == base and not list_changes(checkout)
     if not is_same or (checkout / "params.yaml").read_bytes() != (workspace.path / "params.yaml").read_bytes():
         return False
-    lock = checkout / "dvc.lock"
-    lock.write_bytes((workspace.path / "dvc.lock").read_bytes())
+    _merge_lock(checkout / "dvc.lock", workspace.path / "dvc.lock")
     run_dvc(checkout, "checkout", "--allow-missing")
     return True
+
+
+def _merge_lock(target: Path, source: Path) -> None:
+    """Give a dvc.lock the entries of another; stages that only the first has stay: their outs are of the same code."""
+    theirs = read_yaml(source)
+    stages = (read_yaml(target).get("stages") or {}) if target.exists() else {}
+    text = io.StringIO()
+    YAML().dump(theirs | {"stages": stages | (theirs.get("stages") or {})}, text)
+    write_text(target, text.getvalue())
 
 
 def _require_committed(checkout: Path) -> None:
@@ -216,17 +230,34 @@ def _require_committed(checkout: Path) -> None:
         )
 
 
+def lock_unsent_clones() -> Generator[Path]:
+    """Clones that nobody works in and whose events have not all reached MLflow, each held while it is the current."""
+    for path in sorted((find_checkout() / ".slipstream" / "runs").glob("*/.slipstream")):
+        with _try_lock(path.parent) as is_ours:
+            if is_ours and unsent_logs(path.parent / TRACKING):
+                yield path.parent
+
+
 def _prune(runs: Path) -> None:
     """Delete the oldest clones of finished runs whose events all reached MLflow."""
-    finished = sorted(runs.glob(f"*/{_FINISHED}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for marker in finished[KEEP_RUNS:]:
+    finished = []
+    for marker in runs.glob(f"*/{_FINISHED}"):
+        with suppress(FileNotFoundError):  # another run deletes it, or works in it again
+            finished.append((marker.stat().st_mtime, marker))
+    for _, marker in sorted(finished, reverse=True)[KEEP_RUNS:]:
         clone = marker.parents[1]
-        if not _has_unsent_events(clone):
-            remove_path(clone)
-            (runs / f"{clone.name}.lock").unlink(missing_ok=True)
+        with _try_lock(clone) as is_ours:
+            if is_ours and marker.exists() and not unsent_logs(clone / TRACKING):
+                remove_path(clone)
 
 
-def _has_unsent_events(clone: Path) -> bool:
-    from stages.common.event_log import TRACKING, unsent_logs
-
-    return bool(unsent_logs(clone / TRACKING))
+@contextmanager
+def _try_lock(clone: Path) -> Iterator[bool]:
+    """Hold a clone if nobody does; whether it is held. The lock's file stays: somebody may be waiting for it."""
+    with clone.with_name(f"{clone.name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

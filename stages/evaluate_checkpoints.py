@@ -1,12 +1,13 @@
 """`python -m stages.evaluate_checkpoints`: judge every version that a run has kept (`rl.keep_checkpoints`).
 
-It reads a finished run's artifacts and changes none, so it can run long after the run, and elsewhere. A version that
-was judged before is not judged again. The curve over training goes to MLflow, with policy_version as the step.
+It reads a finished run's artifacts and changes none, so it can run long after the run, and elsewhere. A version is
+sampled once and the LLM judge's verdicts are bought once; what is made of them is computed anew each time. The curve
+over training goes to MLflow, with policy_version as the step.
 """
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.common.config import load_section
 from stages.common.entry import run_entry
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from stages.common.tracking import Tracker
 
 COLUMNS = ("gold_win_rate", "llm_win_rate", "proxy_mean_policy", "kl_nats", "length_ratio", "finished_fraction_policy")
-RESULT = "result.json"
+KEPT, SFT, DATA, REWARD = (Path("artifacts") / name for name in ("checkpoints", "sft", "data", "reward"))
 TABLE = Path(".slipstream/checkpoints.md")
 
 
@@ -27,18 +28,16 @@ def main() -> None:
     config = load_section("judge", JudgeConfig)
     generation = load_section("generation", GenerationConfig)
     data = load_section("data", DataConfig)
-    from stages.common.publish import read_json, write_text
+    from stages.common.publish import write_text
     from stages.common.tracking import track_stage
     from stages.judge.checkpoints import find_checkpoints
     from stages.models.load import quiet_transformers
 
     quiet_transformers()
-    kept = Path("artifacts/checkpoints")
-    checkpoints = find_checkpoints(kept)
-    workdir = _find_workdir(kept, config, generation)
+    checkpoints = find_checkpoints(KEPT)
+    workdir = _find_workdir(config, generation)
     with track_stage("evaluate_checkpoints", (config, generation), resume_dir=workdir, is_side=True) as tracker:
-        _judge(checkpoints, workdir, config, generation, data)
-        results = {version: read_json(workdir / f"{version:04}" / RESULT) for version in checkpoints}
+        results = _judge(checkpoints, workdir, config, generation, data)
         _report(results, tracker)
     write_text(TABLE, render_table(results))
     sys.stdout.write(render_table(results))
@@ -46,39 +45,39 @@ def main() -> None:
 
 def _judge(
     checkpoints: dict[int, Path], workdir: Path, config: JudgeConfig, generation: GenerationConfig, data: DataConfig
-) -> None:
-    """Write a result for every version that has none."""
-    from stages.common.publish import write_json
+) -> dict[int, dict[str, float]]:
+    """What every judge says of each version, by policy_version."""
     from stages.common.tracking import read_tracking_config
     from stages.data.store import read_prompts
-    from stages.judge.checkpoints import compare_checkpoints
-    from stages.judge.comparison import Scorers
+    from stages.judge.alarms import raise_alarms
+    from stages.judge.checkpoints import SAMPLES, sample_checkpoints
+    from stages.judge.comparison import Scorers, read_comparison
     from stages.judge.evaluate import evaluate_comparison, select_numbers
-    from stages.judge.sample import Models
+    from stages.judge.llm_judge import evaluate_by_llm
+    from stages.judge.opponents import Places
+    from stages.judge.pass_rate import measure_pass_rates
     from stages.scoring.load import load_scorer
+    from stages.scoring.rule import is_rule
     from stages.scoring.start import start_scorer
 
-    sft, prepared = Path("artifacts/sft"), Path("artifacts/data")
-    results = {version: workdir / f"{version:04}" / RESULT for version in checkpoints}
-    versions = [Models(sft, path, version) for version, path in checkpoints.items() if not results[version].exists()]
-    if not versions:
-        return
-    gold, second = (start_scorer(scorer, sft, prepared) for scorer in data.task.scorers())
-    proxy = load_scorer(Path("artifacts/reward"), config.dtype, config.micro_batch_tokens)
-    scorers, prompts = Scorers(gold, second, proxy), read_prompts(prepared, "heldout")
-    comparisons = compare_checkpoints(versions, prompts, config, generation, scorers, workdir)
-    for models, (folder, comparison) in zip(versions, comparisons, strict=True):
+    prompts = read_prompts(DATA, "heldout")
+    folders = sample_checkpoints(checkpoints, SFT, prompts, config, generation, workdir)
+    gold, second = (start_scorer(scorer, SFT, DATA) for scorer in data.task.scorers())
+    scorers = Scorers(gold, second, load_scorer(REWARD, config.dtype, config.micro_batch_tokens))
+    results = {}
+    for version, folder in folders.items():
+        comparison = read_comparison(folder, scorers)
         metrics = evaluate_comparison(comparison, config.seed)
+        metrics |= measure_pass_rates(comparison, config.seed) if is_rule(DATA) else {}
         if config.model is not None:
-            from stages.judge.llm_judge import evaluate_by_llm
-            from stages.judge.opponents import Places
+            places = Places(folder, DATA, read_tracking_config().experiment, evaluation=workdir / SAMPLES)
+            metrics |= evaluate_by_llm(comparison, prompts, scorers, config, places, SFT).metrics
+        _, switches = raise_alarms(metrics, config.against)
+        results[version] = select_numbers(metrics | switches)
+    return results
 
-            places = Places(folder, prepared, read_tracking_config().experiment)
-            metrics |= evaluate_by_llm(comparison, prompts, scorers, config, places, sft).metrics
-        write_json(results[models.policy_version], select_numbers(metrics))
 
-
-def _report(results: dict[int, dict[str, Any]], tracker: "Tracker") -> None:
+def _report(results: dict[int, dict[str, float]], tracker: "Tracker") -> None:
     from stages.judge.plots import draw_frontier
 
     for version, numbers in results.items():
@@ -87,7 +86,7 @@ def _report(results: dict[int, dict[str, Any]], tracker: "Tracker") -> None:
     tracker.log_figure("frontier", draw_frontier(results))
 
 
-def render_table(results: dict[int, dict[str, Any]]) -> str:
+def render_table(results: dict[int, dict[str, float]]) -> str:
     """One line a version, as Markdown."""
     columns = [name for name in COLUMNS if all(name in row for row in results.values())]
     lines = ["| policy_version | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
@@ -98,11 +97,13 @@ def render_table(results: dict[int, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _find_workdir(kept: Path, config: JudgeConfig, generation: GenerationConfig) -> Path:
-    """Where the results for these versions and these settings lie."""
+def _find_workdir(config: JudgeConfig, generation: GenerationConfig) -> Path:
+    """Where samples of these versions lie: everything they are made of is in its name, and nothing else."""
     from stages.common.hashing import hash_paths, hash_text
 
-    name = hash_text(f"{hash_paths((str(kept),))} {config.model_dump_json()} {generation.model_dump_json()}")[:16]
+    sampled = (config.samples_per_prompt, config.seed, config.micro_batch_tokens, config.dtype)
+    hashes = hash_paths(tuple(str(path) for path in (KEPT, SFT, DATA)))
+    name = hash_text(f"{hashes} {sampled} {generation.model_dump_json()}")[:16]
     workdir = Path(".slipstream/evaluations") / name
     workdir.mkdir(parents=True, exist_ok=True)
     return workdir

@@ -64,12 +64,22 @@ def last_pipeline() -> Pipeline | None:
     Raises:
         SettingError: SLIPSTREAM_PIPELINE holds something that cannot be a name.
     """
+    newest = newest_pipeline()
+    is_current = _read_variable() or _read(RECORD).get("params_sha256") == _hash_params()
+    return newest if is_current else None
+
+
+def newest_pipeline() -> Pipeline | None:
+    """The pipeline run that was opened last, finished or not, whatever today's settings are.
+
+    Raises:
+        SettingError: SLIPSTREAM_PIPELINE holds something that cannot be a name.
+    """
     external = _read_variable()
     if external:
         return Pipeline(external)
     record = _read(RECORD)
-    is_current = bool(record) and record["params_sha256"] == _hash_params()
-    return Pipeline(str(record["id"])) if is_current else None
+    return Pipeline(str(record["id"])) if record else None
 
 
 def is_finished(pipeline: Pipeline) -> bool:

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 from stages.common.config import PARAMS, Section, load_section, read_params
 from stages.common.event_log import TRACKING, EventLog, encode_number
 from stages.common.links import note_upstream
-from stages.common.pipeline_record import LAST_STAGE, Pipeline, finish_pipeline, open_pipeline, write_timing
+from stages.common.pipeline_record import (
+    LAST_STAGE,
+    Pipeline,
+    finish_pipeline,
+    newest_pipeline,
+    open_pipeline,
+    write_timing,
+)
 from stages.common.publish import remove_path
 from stages.common.stage_runs import note_change, note_start
 from stages.common.traces import TRACES_PER_EVENT, TraceRecord, write_traces
@@ -136,11 +143,14 @@ def track_stage(
         config: its settings, one section or several; all of them are shown, defaults too.
         resume_dir: where the stage keeps what it needs to resume. An attempt that finds what an earlier one
             left there goes on in the same MLflow run.
-        is_side: it is no part of the pipeline and may come after its end, so the state of the pipeline's run stays.
+        is_side: it is no part of the pipeline and may come after its end: it belongs to the pipeline run that was
+            opened last, whose state stays. Only where there is none it opens one, and ends it.
     """
     settings = read_tracking_config()
     sections = [config] if isinstance(config, Section) else list(config or ())
-    pipeline = open_pipeline()
+    known = newest_pipeline() if is_side else None
+    pipeline = known or open_pipeline()
+    is_last = known is None if is_side else stage == LAST_STAGE
     log = EventLog(TRACKING / pipeline.id / f"{stage}.jsonl")
     described = describe_stage(stage, sections, resume_dir) | {"is_side": is_side}
     _start(stage, log, describe_pipeline(pipeline, settings.experiment), described)
@@ -154,7 +164,7 @@ def track_stage(
         status = "FAILED"
         raise
     finally:
-        _finish(stage, pipeline, log, status, is_side=is_side)
+        _finish(stage, pipeline, log, status, is_last=is_last, is_side=is_side)
         if status == "FINISHED":
             write_timing(stage, time.monotonic() - started)
             forget_run(resume_dir)
@@ -183,10 +193,10 @@ def _start(stage: str, log: EventLog, pipeline: dict[str, Any], run: dict[str, A
         note_upstream(stage, pipeline)
 
 
-def _finish(stage: str, pipeline: Pipeline, log: EventLog, status: str, *, is_side: bool) -> None:
+def _finish(stage: str, pipeline: Pipeline, log: EventLog, status: str, *, is_last: bool, is_side: bool) -> None:
     """Note the end of the stage, and of the pipeline if this ends it."""
-    is_pipeline_over = not is_side and (status != "FINISHED" or stage == LAST_STAGE)
-    if status == "FINISHED" and stage == LAST_STAGE:
+    is_pipeline_over = is_last or (status != "FINISHED" and not is_side)
+    if status == "FINISHED" and is_last:
         finish_pipeline(pipeline)
     log.append("end", status=status, pipeline_status=status if is_pipeline_over else None)
     note_change(stage, status=status)

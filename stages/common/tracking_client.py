@@ -40,6 +40,15 @@ def local_uri() -> str:
     return f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
+def artifact_location() -> str | None:
+    """Where a new experiment's files go: beside the SQLite file, whichever folder a stage runs in; None: the server's.
+
+    MLflow itself would take the present folder, which may be a run's clone that is deleted one day.
+    """
+    scheme, _, path = tracking_uri().partition(":///")
+    return (Path(path).resolve().parent / "mlruns").as_uri() if scheme == "sqlite" and path else None
+
+
 def is_absent() -> bool:
     """Whether nothing listens at the server's address. Known at once, where MLflow would be imported and try again."""
     try:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.common.event_log import Event, file_lock
-from stages.common.tracking_client import REFUSALS, local_uri, tracking_uri
-from stages.common.tracking_names import PARENT_TAG, PIPELINE_TAG, RUN_KEY_TAG, safe_name, stage_tag
+from stages.common.tracking_client import REFUSALS, artifact_location
+from stages.common.tracking_names import PARENT_TAG, PIPELINE_TAG, RUN_KEY_TAG, STAGE_TAG, safe_name, stage_tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,6 +41,7 @@ def start_run(client: "MlflowClient", event: Event) -> str:
     else:
         client.update_run(run_id, status="RUNNING")
         set_tags(client, run_id, tags)
+    _end_killed(client, experiment_id, parent_id, event, stage=event["stage"])
     send_params(client, run_id, event["params"])
     send_inputs(client, run_id, event["datasets"])
     set_tags(client, parent_id, {**shared, stage_tag(event["stage"]): run_id})
@@ -59,6 +60,7 @@ def find_or_make_parent(client: "MlflowClient", event: Event) -> tuple[str, str]
     superseded_id = superseded and find_run(client, [experiment_id], PIPELINE_TAG, superseded)
     if superseded_id:
         client.set_terminated(superseded_id, "KILLED", end_time=event["time"])
+        _end_killed(client, experiment_id, superseded_id, event)
     with file_lock(Path(".slipstream/parent.lock")):  # two first stages of this folder may start at once
         parent_id = find_run(client, [experiment_id], PIPELINE_TAG, pipeline["id"])
         return parent_id or _make_parent(client, experiment_id, event), experiment_id
@@ -134,12 +136,26 @@ def _make_parent(client: "MlflowClient", experiment_id: str, event: Event) -> st
     return parent_id
 
 
+def _end_killed(
+    client: "MlflowClient", experiment_id: str, parent_id: str, event: Event, *, stage: str | None = None
+) -> None:
+    """End what still counts as running under a parent, of one stage or all, but for the event's own run.
+
+    A stage that was killed tells nobody, and only an attempt that resumes it goes on in its run.
+    """
+    wanted = [f"tags.`{PARENT_TAG}` = '{parent_id}'", "attributes.status = 'RUNNING'"]
+    wanted += [f"tags.`{STAGE_TAG}` = '{stage}'"] if stage is not None else []
+    for run in client.search_runs([experiment_id], filter_string=" and ".join(wanted)):
+        if run.data.tags.get(RUN_KEY_TAG) != event["run_key"]:
+            client.set_terminated(run.info.run_id, "KILLED", end_time=event["time"])
+
+
 def _find_experiment(client: "MlflowClient", name: str) -> str:
     import mlflow
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        location = Path("mlruns").resolve().as_uri() if tracking_uri() == local_uri() else None
+        location = artifact_location()
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except mlflow.MlflowException as error:

@@ -20,7 +20,7 @@ from stages.common.pipeline import (
     read_stages,
 )
 from stages.common.pipeline_record import Pipeline
-from stages.common.tracking_names import COMMIT_TAG
+from stages.common.tracking_names import COMMIT_TAG, STAGE_TAG
 from stages.common.version import git_commit, is_git_dirty
 
 TAG_VARIABLES = {"SLIPSTREAM_FLOW_RUN": "prefect.flow_run_id", "SLIPSTREAM_RECIPE": "slipstream.recipe"}
@@ -47,7 +47,7 @@ def describe_stage(stage: str, sections: Sequence[Section], resume_dir: Path | N
         "params": _stage_params(stage, entry, sections),
         "tags": {
             "mlflow.source.name": f"stages.{stage}",
-            "slipstream.stage": stage,
+            STAGE_TAG: stage,
         },
         "datasets": _datasets(entry),
     }

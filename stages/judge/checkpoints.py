@@ -1,18 +1,17 @@
-"""Every kept version of a run, judged as the final policy is: the curve of win-rate and KL over training."""
+"""Every kept version of a run, sampled as the final policy is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stages.common.errors import InputError
-from stages.common.publish import read_json
+from stages.common.publish import read_json, staging_directory
 from stages.data.completion_store import write_completions
 from stages.data.records import Prompt
 from stages.generation.config import GenerationConfig
-from stages.judge.comparison import Comparison, Scorers, read_comparison
 from stages.judge.config import JudgeConfig
 from stages.judge.sample import Models, Samples, measure_samples, sample_versions
 
-INDEX = "index.json"
+INDEX, SAMPLES = "index.json", "samples"
 
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:
@@ -30,39 +29,43 @@ def find_checkpoints(folder: Path) -> dict[int, Path]:
     return {version: folder / f"{version:04}" for version in sorted(versions)}
 
 
-def compare_checkpoints(
-    versions: Sequence[Models],
+def sample_checkpoints(
+    checkpoints: Mapping[int, Path],
+    sft: Path,
     prompts: Sequence[Prompt],
     config: JudgeConfig,
     generation: GenerationConfig,
-    scorers: Scorers,
     workdir: Path,
-) -> Iterator[tuple[Path, Comparison]]:
-    """Each version beside the SFT model, and the folder of their samples, in the order of the versions.
+) -> dict[int, Path]:
+    """Each version's completions beside the SFT model's, measured: a folder for `read_comparison`, by policy_version.
 
     Args:
-        versions: of one SFT model; those that were judged before may be left out.
+        checkpoints: model directories by policy_version, of one SFT model.
+        sft: its model directory.
         prompts: the held-out ones.
         config: section `judge`.
         generation: section `generation`.
-        scorers: gold, second and proxy.
-        workdir: for the samples, one folder a version, and the servers' logs.
+        workdir: the folders are in its folder `SAMPLES`, where those that are whole are left as they are; servers
+            write their logs here.
 
     Raises:
+        InputError: no model where one is expected, or no prompt is within `max_prompt_tokens`.
         GeneratorError: the generator died or did not sample from a version's weights.
     """
-    # All are sampled first, so that the server's memory is free for measuring.
-    samples = sample_versions(prompts, versions, config, generation, workdir)
-    for one, of_both in zip(versions, samples, strict=True):
-        folder = workdir / f"{one.policy_version:04}"
-        _write_samples(folder, of_both, one, config, generation)
-        yield folder, read_comparison(folder, scorers)
+    folders = {version: workdir / SAMPLES / f"{version:04}" for version in checkpoints}
+    missing = [Models(sft, checkpoints[version], version) for version in folders if not folders[version].exists()]
+    if missing:
+        # All are sampled first, so that the server's memory is free for measuring.
+        found = sample_versions(prompts, missing, config, generation, workdir)
+        for models, of_both in zip(missing, found, strict=True):
+            _write_samples(folders[models.policy_version], of_both, models, config, generation)
+    return folders
 
 
 def _write_samples(
     folder: Path, samples: Samples, models: Models, config: JudgeConfig, generation: GenerationConfig
 ) -> None:
     sft_columns, policy_columns = measure_samples(samples, models, config, generation.temperature)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_completions(folder / "sft.parquet", samples.sft, sft_columns)
-    write_completions(folder / "policy.parquet", samples.policy, policy_columns)
+    with staging_directory(folder) as staged:
+        write_completions(staged / "sft.parquet", samples.sft, sft_columns)
+        write_completions(staged / "policy.parquet", samples.policy, policy_columns)

@@ -136,6 +136,19 @@ def test_trouble_that_passes_costs_calls_but_no_verdict(tmp_path: Path, trouble:
     assert len({verdict["replies"][0] for verdict in stored(tmp_path)}) == 8  # type: ignore[index]
 
 
+def test_a_server_that_numbers_its_answers_badly_is_no_trouble(tmp_path: Path) -> None:
+    """Ollama draws the id of an answer from 999 numbers."""
+
+    async def behave(call: Call) -> None:
+        text = json.dumps({"reason": call.body["messages"][-1]["content"], "choice": "first"})
+        await call.answer(text, id="chatcmpl-7")
+
+    with hostile_judge(behave) as server:
+        judging = judge(server, tmp_path, **PRICES)
+
+    assert (judging.num_bought, server.num_calls) == (8, 8)
+
+
 @pytest.mark.parametrize("trouble", [hang, dribble])
 def test_a_server_that_hangs_or_dribbles_is_left_in_time(tmp_path: Path, trouble: Behaviour) -> None:
     with hostile_judge(in_turn(trouble, behave_well)) as server:

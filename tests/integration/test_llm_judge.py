@@ -68,6 +68,44 @@ def test_the_judge_is_asked_once_and_its_verdicts_reach_mlflow(
     assert len(traces) == num_calls
 
 
+def test_kept_versions_are_sampled_once_and_judged_by_todays_settings(
+    copy_of_finished: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    project = copy_of_finished
+    write_opponent(project)
+    rubric = project.path / "stages/judge/prompts/pairwise_review.txt"
+
+    def evaluate() -> tuple[int, dict[str, int]]:
+        before = server.num_calls
+        project.run("stages.evaluate_checkpoints")
+        samples = (project.path / ".slipstream/evaluations").rglob("policy.parquet")
+        return server.num_calls - before, {str(path): path.stat().st_mtime_ns for path in samples}
+
+    with hostile_judge() as server:
+        project.edit({"judge.model": "fake", "judge.base_url": server.url, "judge.against": "others.json"})
+        num_calls, sampled = evaluate()
+        assert (num_calls > 0, len(sampled)) == (True, 2)
+        project.edit({"judge.max_calls": 500, "judge.total_timeout_s": 100, "judge.num_shown": 1})
+        assert evaluate() == (0, sampled)  # a limit is raised
+        rubric.write_text(rubric.read_text().replace("version 1", "version 2"))
+        assert evaluate() == (num_calls, sampled)  # another rubric asks, and pays, again
+        project.edit({"judge.max_calls": 3 * num_calls - 1})
+        rubric.write_text(rubric.read_text().replace("version 2", "version 3"))
+        over = project.run("stages.evaluate_checkpoints", check=False)
+        assert (over.returncode, "judge.max_calls" in over.stderr) == (1, True)  # one budget for all versions
+
+    client = MlflowClient(f"sqlite:///{project.path}/mlflow.db")
+    (experiment,) = (item for item in client.search_experiments() if item.name == "slipstream")
+    (judged,) = client.search_runs([experiment.experiment_id], "tags.`slipstream.stage` = 'judge_policy'")
+    curves = client.search_runs([experiment.experiment_id], "tags.`slipstream.stage` = 'evaluate_checkpoints'")
+    parents = {run.data.tags["mlflow.parentRunId"] for run in [judged, *curves]}
+    assert parents == {judged.data.tags["mlflow.parentRunId"]}
+    history = client.get_metric_history(curves[-1].info.run_id, "checkpoint/llm_win_rate")
+    assert [point.step for point in history] == [2, 4]
+    assert {"checkpoint/kl_nats", "checkpoint/alarm_length"} <= curves[-1].data.metrics.keys()
+
+
 def test_a_missing_key_is_found_before_anything_runs(
     copy_of_finished: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Real MLflow on SQLite."""
 
 import contextlib
+import fcntl
 import json
 import shutil
 import threading
@@ -11,11 +12,15 @@ import mlflow
 import pytest
 
 from flows.servers import start_mlflow
+from flows.worker import send_left_behind
 from stages.common.config import Section
-from stages.common.event_log import read_sent, unsent_logs
+from stages.common.event_log import TRACKING, EventLog, read_sent, unsent_logs
+from stages.common.pipeline_record import open_pipeline
 from stages.common.process import free_port
 from stages.common.tracking import Tracker, track_stage
 from stages.common.tracking_client import SERVICES_URI, tracking_uri
+from stages.common.tracking_sender import send_everything
+from stages.common.tracking_start import describe_pipeline, describe_stage
 from stages.common.tracking_urls import compare_url, find_pipeline_url
 from stages.link_runs import link_runs
 
@@ -24,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy is deprecated",
 )
 
+ROOT = Path(__file__).parents[2]
 PARAMS = """
 sft: {lr: 1e-4, epochs: 2}
 rl: {algorithm: {name: remax}, kl_coef: 0.1}
@@ -265,6 +271,87 @@ def test_stages_of_two_folders_share_the_pipeline_that_the_environment_names(
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     assert {run.data.tags["prefect.flow_run_id"] for run in [parent, *runs.values()]} == {"0a1b"}
     assert not any("slipstream.recipe" in run.data.tags for run in [parent, *runs.values()])
+
+
+def test_a_side_stage_joins_the_run_that_is_over_and_opens_none() -> None:
+    with track_stage("judge_policy", None):
+        pass
+    Path("params.yaml").write_text(PARAMS.replace("0.1", "0.2"))
+    with track_stage("evaluate_checkpoints", None, is_side=True):
+        pass
+
+    runs = find_runs()
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs["pipeline"].data.tags["stage.evaluate_checkpoints"] == runs["evaluate_checkpoints"].info.run_id
+
+
+def test_a_side_stage_ends_the_run_that_it_had_to_open() -> None:
+    with track_stage("evaluate_checkpoints", None, is_side=True):
+        pass
+
+    assert {name: run.info.status for name, run in find_runs().items()} == {
+        "pipeline": "FINISHED",
+        "evaluate_checkpoints": "FINISHED",
+    }
+
+
+@pytest.mark.parametrize("params", [PARAMS, PARAMS.replace("0.1", "0.2")], ids=["the same", "other settings"])
+def test_a_stage_that_was_killed_and_is_not_resumed_does_not_run_for_ever(params: str) -> None:
+    """SIGKILL leaves its run as it is: only a start is in the log."""
+    log = EventLog(TRACKING / open_pipeline().id / "train_sft.jsonl")
+    described = describe_stage("train_sft", (), None) | {"is_side": False}
+    log.append("start", **describe_pipeline(open_pipeline(), "test"), **described)
+    log.close()
+    assert send_everything(60)
+    assert find_runs()["train_sft"].info.status == "RUNNING"
+    Path("params.yaml").write_text(params)
+
+    with track_stage("train_sft", None):
+        pass
+
+    client = mlflow.MlflowClient(tracking_uri=tracking_uri())
+    experiment = client.get_experiment_by_name("test")
+    runs = client.search_runs([experiment.experiment_id], "tags.`slipstream.stage` = 'train_sft'")
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]
+
+
+def test_files_lie_beside_the_sqlite_file_of_a_clones_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri())
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    shutil.copy("params.yaml", clone)
+    monkeypatch.chdir(clone)
+
+    with track_stage("train_sft", None) as tracker:
+        tracker.log_table("samples", [{"prompt": "a"}])
+
+    assert find_runs()["train_sft"].info.artifact_uri.startswith((tmp_path / "mlruns").as_uri())
+    assert not (clone / "mlruns").exists()
+
+
+def test_a_worker_sends_what_a_run_in_a_clone_could_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tracking_uri()
+    clone = tmp_path / ".slipstream/runs/key"
+    clone.mkdir(parents=True)
+    shutil.copy("params.yaml", clone)
+    with contextlib.chdir(clone):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        with track_stage("train_sft", None):
+            pass
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("SLIPSTREAM_CHECKOUT", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    left = clone / TRACKING
+    assert len(unsent_logs(left)) == 1
+
+    with (clone.parent / "key.lock").open("a") as lock:  # the run goes on, and sends it itself
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        send_left_behind()
+        assert len(unsent_logs(left)) == 1
+    send_left_behind()
+
+    assert unsent_logs(left) == []
+    assert find_runs()["train_sft"].info.status == "FINISHED"
 
 
 def test_settings_that_are_too_long_are_cut_counted_and_kept_whole() -> None:

@@ -27,7 +27,7 @@ RL = ["train_policy", "sample_policy", "judge_policy"]
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
-    with toy_with_server(tmp_path_factory.mktemp("workers")) as toy, toy.worker("local", "control"):
+    with toy_with_server(tmp_path_factory.mktemp("workers")) as toy, toy.worker("local", "control", "gpu"):
         yield toy
 
 
@@ -101,6 +101,17 @@ def test_unchanged_stages_show_as_cached_or_restored_and_an_override_runs_what_d
     states = task_states(toy, run_id)
     assert {stage for stage, state in states.items() if state == "Completed"} == set(RL)
     assert {state for stage, state in states.items() if stage not in RL} <= {"Cached", "Restored"}
+
+
+def test_a_stage_that_is_placed_on_the_devices_of_its_own_run_gets_them(toy: Toy) -> None:
+    """The toy has no DVC remote: what the other worker made comes out of the checkout's cache."""
+    placed = {"placement": {"stages": {"train_sft": "gpu"}}, "repository": str(toy.project)}
+    run_id = start(toy, placed | {"stages": ["label_pairs"], "overrides": {"sft.seed": 7}})
+
+    assert message(wait_until_over(toy, run_id)) == "Completed: None"
+    assert toy.runs()[-2:] == ["train_sft", "label_pairs"]
+    rows = {row["stage"]: row["worker"] for row in json.loads(artifacts(toy, run_id)["stages"])}
+    assert (rows["train_sft"], rows["label_pairs"]) == ("gpu", "here")
 
 
 def test_wrong_settings_end_a_run_before_any_stage_and_are_named(toy: Toy) -> None:

@@ -18,7 +18,7 @@ class Answer:
     """A chat completion."""
 
     id: str
-    """As the endpoint numbers it; no two answers have the same."""
+    """As the endpoint numbers it; most give every answer another one."""
     text: str
     model: str
     """As the endpoint names it."""

@@ -63,7 +63,7 @@ class Asker:
         self._account = account
         self._client = client
         self._pacing = pacing
-        self._seen_ids: set[str] = set()
+        self._seen: set[tuple[str, str]] = set()
         self._num_unanswered_in_a_row = 0
         self._is_warned = False
         self.is_structured = config.structured != "text"
@@ -129,11 +129,12 @@ class Asker:
         except UnusableError as error:
             self._account.settle(reservation, None)
             return _Failure(f"unusable reply: {error}")
-        if answer.id in self._seen_ids:
+        # The id alone says little: some servers draw it from a few hundred numbers.
+        if (answer.id, answer.text) in self._seen:
             # Its usage is that of the earlier reply, so it says nothing about this call.
             self._account.settle(reservation, None)
-            return _Failure("the reply has the id of an earlier one")
-        self._seen_ids.add(answer.id)
+            return _Failure("the reply has the id and the text of an earlier one")
+        self._seen.add((answer.id, answer.text))
         self._num_unanswered_in_a_row = 0
         self._check_bill(answer.tokens, reservation.worst)
         self._account.settle(reservation, answer.tokens)

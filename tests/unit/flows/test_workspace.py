@@ -1,12 +1,16 @@
 """Clones of a real git and DVC repository, without Prefect."""
 
+import fcntl
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from flows import sweep
+from flows import workspace as workspaces
 from flows.clones import list_changes
 from flows.commands import git
+from flows.parameters import RunParameters
 from flows.workspace import (
     adopt,
     choose_repository,
@@ -16,6 +20,7 @@ from flows.workspace import (
     resolve_revision,
 )
 from stages.common.errors import RunError, SettingError
+from stages.common.pipeline import read_yaml
 from tests.tools.toy_project import ROOT, Toy, make_toy
 
 
@@ -140,3 +145,57 @@ def test_a_run_that_is_begun_is_not_hindered_by_what_became_of_the_checkout(toy:
         git(toy.project, "checkout", "-q", "HEAD^")
         assert adopt(workspace)
         assert (toy.project / "dvc.lock").exists()
+
+
+def test_a_run_of_some_stages_leaves_the_checkouts_other_entries(toy: Toy) -> None:
+    (toy.project / "dvc.lock").write_text("schema: '2.0'\nstages: {old: {cmd: a}, both: {cmd: a}}\n")
+    with open_workspace("key", str(toy.project), head(toy)) as workspace:
+        (workspace.path / "dvc.lock").write_text("schema: '2.0'\nstages: {both: {cmd: b}, new: {cmd: b}}\n")
+
+        assert adopt(workspace)
+
+    entries = {name: entry["cmd"] for name, entry in read_yaml(toy.project / "dvc.lock")["stages"].items()}
+    assert entries == {"old": "a", "both": "b", "new": "b"}
+
+
+def test_old_clones_are_deleted_unless_somebody_works_in_them_again(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspaces, "KEEP_RUNS", 0)
+    place, runs = (str(toy.project), head(toy)), toy.project / ".slipstream/runs"
+    for key in ("idle", "busy", "reopened"):
+        with open_workspace(key, *place):
+            pass
+    for key in ("idle", "busy", "reopened"):
+        workspaces.Workspace(runs / key, key).finish()
+    with open_workspace("reopened", *place):
+        pass
+
+    with (runs / "busy.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with open_workspace("next", *place):
+            pass
+
+    assert {path.name for path in runs.iterdir() if path.is_dir()} == {"busy", "reopened", "next"}
+    assert (runs / "idle.lock").exists()  # somebody may be waiting for it
+
+
+def test_two_clones_of_a_run_are_not_made_in_one_place(toy: Toy) -> None:
+    begun = toy.project / ".slipstream/runs/key.generator-0.part/half"
+    begun.parent.mkdir(parents=True)
+    begun.touch()  # another worker of this machine is making it
+
+    for name in ("key.generator-1", None):
+        with open_workspace("key", str(toy.project), head(toy), name=name):
+            assert begun.exists()
+
+
+def test_a_sweep_that_is_started_again_keeps_its_commit(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "run_key", lambda: "sweep-1")
+    first = sweep.pin(RunParameters())
+    assert first == {"repository": str(toy.project.resolve()), "revision": head(toy)}
+
+    (toy.project / "stage.py").write_text("# another program\n")
+    assert sweep.pin(RunParameters()) == first
+    git(toy.project, "commit", "-q", "-a", "-m", "later")
+    assert sweep.pin(RunParameters()) == first
+    monkeypatch.setattr(sweep, "run_key", lambda: "sweep-2")
+    assert sweep.pin(RunParameters())["revision"] == head(toy)
