@@ -220,7 +220,7 @@ def read_seconds(path: Path) -> dict[str, list[float]]:
     pairs = [(before, row) for before, row in pairwise(rows) if row["time/evaluate_s"] == before["time/evaluate_s"]]
     return {
         name: [float(row[f"time/{name}"]) - float(before[f"time/{name}"]) for before, row in pairs]
-        for name in ("learn_s", "elapsed_s")
+        for name in ("learn_s", "elapsed_s", "publish_s")
     }
 
 

@@ -1,6 +1,6 @@
 """How near does our generation come to vLLM's own offline engine: tokens per second of the same work on the same core.
 
-    python bench/limits_generator.py --rounds 5 --out FILE.json
+    python bench/limits_generator.py --rounds 6 --out FILE.json
 
 Needs the artifacts of a pipeline that has run (data, SFT model). Two processes have the same core in turns, each with
 a vLLM engine of the same settings. `offline` calls `vllm.LLM.generate`. `served` is what the RL loop has: `Fleet`,
@@ -46,7 +46,12 @@ TARGET = 0.95
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="those already in the file of --out are kept")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=6,
+        help="even, as the sides change places; those already in the file of --out are kept",
+    )
     parser.add_argument("--updates", type=int, default=4, help="mini-batches of a round")
     parser.add_argument("--prompts", type=int, help="of a mini-batch; default: rl.prompts_per_update")
     parser.add_argument("--samples", type=int, default=4, help="of each prompt")

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from scipy.stats import t as student
 from study_grids import Study
 
-LARGE = 16
-"""N of the stalest cells."""
 LOSSES = {"gold_win_rate": "of the gold win-rate", "proxy_mean_policy": "of the score", "kl_nats": "nats of KL"}
 UNITS = {"samples": "completions", "elapsed_s": "seconds"}
 
@@ -47,16 +46,17 @@ def list_rows(study: Study, cells: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def list_losses(series: str, cells: list[dict[str, Any]]) -> Iterator[str]:
-    """Gold win-rate, score and KL on policy less those at the largest N, seed by seed."""
+    """Gold win-rate, score and KL on policy less those at each larger N, seed by seed."""
     for (name,), members in group(cells, [series]).items():
         found = {(cell["N"], cell["seed"]): cell for cell in members}
-        pairs = [(found[1, seed], found[LARGE, seed]) for n, seed in sorted(found) if n == 1 and (LARGE, seed) in found]
-        if pairs:
-            losses = [
-                f"{describe([{column: fresh[column] - stale[column]} for fresh, stale in pairs], column)} {title}"
-                for column, title in LOSSES.items()
-            ]
-            yield f"- {name}: from N = 1 to N = {LARGE} it loses {', '.join(losses)} ({len(pairs)})"
+        for largest in sorted({n for n, _ in found} - {1}):
+            pairs = [(found[1, seed], cell) for (n, seed), cell in found.items() if n == largest and (1, seed) in found]
+            if pairs:
+                losses = [
+                    f"{describe_differences([fresh[column] - stale[column] for fresh, stale in pairs])} {title}"
+                    for column, title in LOSSES.items()
+                ]
+                yield f"- {name}: from N = 1 to N = {largest} it loses {', '.join(losses)} ({len(pairs)})"
 
 
 def list_speeds(cells: list[dict[str, Any]]) -> Iterator[str]:
@@ -107,6 +107,15 @@ def describe(members: list[dict[str, Any]], name: str) -> str:
     values = [member[name] for member in members]
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def describe_differences(values: list[float]) -> str:
+    """Mean of paired differences, with Student's 95 % interval over seeds."""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.2f}"
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
 
 
 def describe_win_rate(members: list[dict[str, Any]]) -> str:
