@@ -8,6 +8,7 @@ from stages.common.errors import SettingError
 from stages.common.tracking import TrackingConfig
 from stages.data.config import DataConfig
 from stages.data.scorers import RuleScorer
+from stages.data.tasks.pairs import PairsTask
 from stages.generation.config import GenerationConfig, require_engine, require_room
 from stages.generation.engine_args import check_engine_args
 from stages.judge.config import JudgeConfig
@@ -98,6 +99,7 @@ def _check_combinations(path: Path) -> list[str]:
             require_room(generation, rl.algorithm.samples_per_prompt, "rl.algorithm.samples_per_prompt")
     except SettingError as error:
         problems.append(str(error))
+    problems += _check_turns(data, load_section("model", ModelConfig, path))
     reward = load_section("reward", RewardConfig, path)
     if isinstance(data.task.scorers()[0], RuleScorer) and reward.classifier is not None:
         problems.append("reward.classifier: the task has a rule, which RL trains on; set it to null")
@@ -111,6 +113,17 @@ def _check_combinations(path: Path) -> list[str]:
             f"= {longest}: the reward model would score completions longer than it was trained on"
         )
     return problems
+
+
+def _check_turns(data: DataConfig, model: ModelConfig) -> list[str]:
+    """Whether a prompt of several turns still says who speaks."""
+    is_read_as_turns = isinstance(data.task, PairsTask) and data.task.format == "transcripts"
+    if not is_read_as_turns or model.chat_template != "plain":
+        return []
+    return [
+        "data.task.format='transcripts' with model.chat_template='plain': nothing would say whose turn is whose; use "
+        "format columns, with the speakers in the prompt's text, or a model with a chat template"
+    ]
 
 
 if __name__ == "__main__":

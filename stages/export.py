@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 from stages.common.config import PARAMS, load_section
 from stages.common.entry import run_entry
 from stages.common.errors import InputError
+from stages.common.links import is_judged
 from stages.common.pipeline import find_upstream, flatten, read_lock, read_out_hashes, read_settings, read_stages
 from stages.common.publish import staging_directory
 from stages.common.version import git_commit
@@ -20,6 +21,8 @@ POLICY = Path("artifacts/policy")
 METRICS = Path("metrics")
 DEFAULT_TARGET = Path("exported/policy")
 CARD = "README.md"
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -47,9 +50,14 @@ def export_policy(target: Path) -> None:
 
     require_model_directory(POLICY)
     load_tokenizer(POLICY)  # says so if it is not readable
-    card = render_model_card(
-        model, PARAMS.read_text(encoding="utf-8"), _read_metrics(), read_out_hashes(), git_commit()
-    )
+    others = _find_outs_of_another_policy()
+    metrics = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(METRICS.glob("*.json"))
+        if str(path) not in others
+    }
+    hashes = {out: md5 for out, md5 in read_out_hashes().items() if out not in others}
+    card = render_model_card(model, PARAMS.read_text(encoding="utf-8"), metrics, hashes, git_commit())
     with staging_directory(target) as staged:
         # Contents without modes: DVC's outs are read-only.
         shutil.copytree(POLICY, staged, dirs_exist_ok=True, copy_function=shutil.copyfile)
@@ -71,6 +79,16 @@ def _require_settings() -> None:
                     f"{POLICY}: was made with {key}={made.get(key)!r}, params.yaml has {today.get(key)!r}; run "
                     "`make run`, or set params.yaml back, so that the export says what it is"
                 )
+
+
+def _find_outs_of_another_policy() -> set[str]:
+    """Samples and verdict of an earlier policy, which the card must not show; empty where they are of this one."""
+    if is_judged():
+        return set()
+    logger.warning("the judge has not seen this policy, the card has no verdict; run `make run` for one")
+    lock, stages = read_lock(), read_stages()
+    later = [name for name in lock if name in stages and "train_policy" in find_upstream(name, stages)]
+    return {out for name in later for out in lock[name].outs}
 
 
 def _require_replaceable(target: Path) -> None:
@@ -97,10 +115,6 @@ def _write_sampling_settings(directory: Path, config: GenerationConfig) -> None:
     # Marked as derived from config.json, where these settings are not, it would be derived anew.
     settings._from_model_config = False
     settings.save_pretrained(directory)
-
-
-def _read_metrics() -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(METRICS.glob("*.json"))}
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ from typing import Any
 
 from stages.common.entry import run_entry
 from stages.common.errors import InputError
-from stages.common.links import POLICY, find_judged_policy
-from stages.common.pipeline import read_lock, read_stages
-from stages.common.pipeline_record import LAST_STAGE, read_timings
+from stages.common.links import is_judged
+from stages.common.pipeline_record import read_timings
 
 METRICS = Path("metrics")
 NOT_MEASURED = "–"
@@ -41,18 +40,6 @@ def format_report(metrics: Path, timings: dict[str, float]) -> str:
         parts.append(_format_table("Time of each stage's last run", times))
     parts.append(_format_table("Where to look next", _next_rows()))
     return "\n".join(parts)
-
-
-def is_judged() -> bool:
-    """Whether what the judge said last is about the present policy; without a dvc.lock of both nothing says otherwise.
-
-    Raises:
-        RunError: there is a dvc.lock but no readable dvc.yaml.
-    """
-    lock = read_lock()
-    if LAST_STAGE not in lock or "train_policy" not in lock:
-        return True
-    return find_judged_policy(lock, read_stages()) == lock["train_policy"].outs.get(POLICY)
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

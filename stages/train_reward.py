@@ -78,8 +78,10 @@ def _train_model(config: RewardConfig, workdir: Path, staged: Path, tracker: "Tr
         "accuracy": accuracy.value,
         "accuracy_interval": accuracy.interval,
         "num_pairs": accuracy.num_pairs,
-        "num_dropped": result.lengths.num_dropped,
-        "num_truncated": result.lengths.num_truncated,
+        "num_dropped": result.train_lengths.num_dropped,
+        "num_truncated": result.train_lengths.num_truncated,
+        "num_validation_dropped": result.validation_lengths.num_dropped,
+        "num_validation_truncated": result.validation_lengths.num_truncated,
         "calibration": calibration,
     }
 

@@ -42,6 +42,8 @@ def main() -> None:
             "num_samples": result.train_lengths.num_samples,
             "num_dropped": result.train_lengths.num_dropped,
             "num_truncated": result.train_lengths.num_truncated,
+            "num_validation_dropped": result.validation_lengths.num_dropped,
+            "num_validation_truncated": result.validation_lengths.num_truncated,
         }
         tracker.log_summary({f"sft/{name}": value for name, value in metrics.items()})
         history.write_csv(Path("plots/sft.csv"))

@@ -90,6 +90,18 @@ def find_judged_policy(lock: dict[str, LockEntry], stages: dict[str, StageEntry]
     return None
 
 
+def is_judged() -> bool:
+    """Whether what the judge said last is about the present policy; without a dvc.lock of both nothing says otherwise.
+
+    Raises:
+        RunError: there is a dvc.lock but no readable dvc.yaml.
+    """
+    lock = read_lock()
+    if LAST_STAGE not in lock or "train_policy" not in lock:
+        return True
+    return find_judged_policy(lock, read_stages()) == lock["train_policy"].outs.get(POLICY)
+
+
 def _append(log: EventLog, kind: str, **fields: Any) -> None:
     log.append(kind, **fields)
     log.close()

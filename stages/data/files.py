@@ -19,19 +19,24 @@ from stages.data.rows import Row, Rows
 Record = tuple[str, Mapping[str, object]]
 """The place of a row (`line 3`) and its cells, not yet checked."""
 
+LONGEST_CELL = 2**31 - 1
+"""Characters of a CSV file's cell. The library stops at 131,072, which a document can have."""
+
 WATCHED = Path("inputs/data")
 """The folder whose changes DVC sees."""
 
-HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]%-]+))?")
+HUB = re.compile(
+    r"hub:(?P<name>[\w.-]+/[\w.-]+)(#(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]%-]+))?"
+)
 
 
 def read_rows(source: str, columns: Sequence[str], *, may_be_missing: Sequence[str] = ()) -> Rows:
     """Read the named columns; rows equal in all of them count as duplicates and are kept once.
 
     Args:
-        source: path of a .jsonl, .json, .csv or .parquet file, or `hub:OWNER/NAME[@REVISION][:SPLIT]`
+        source: path of a .jsonl, .json, .csv or .parquet file, or `hub:OWNER/NAME[#CONFIG][@REVISION][:SPLIT]`
             for a data set of the Hugging Face hub (split `train` unless named).
-        columns: columns to keep; each must be there and hold text.
+        columns: columns to keep; each must be there. A row whose cell is no text is kept with that problem.
         may_be_missing: those of them whose cells may be null, which reads as empty text.
 
     Raises:
@@ -43,17 +48,26 @@ def read_rows(source: str, columns: Sequence[str], *, may_be_missing: Sequence[s
     num_rows = 0
     for place, record in _read_records(source, columns):
         num_rows += 1
-        cells = {column: _read_cell(record, column, f"{source}, {place}", may_be_missing) for column in columns}
-        rows.setdefault(tuple(cells.values()), Row(f"{source}, {place}", cells))
+        row = _read_row(record, columns, f"{source}, {place}", may_be_missing)
+        key = tuple(row.cells.values()) if row.problem is None else (row.place,)
+        rows.setdefault(key, row)
     if not rows:
         raise InputError(f"{source}: holds no rows; expected columns {_quote(columns)}")
     return Rows(tuple(rows.values()), num_rows)
 
 
-def _read_cell(record: Mapping[str, object], column: str, place: str, may_be_missing: Sequence[str]) -> str:
-    if column not in record:
-        raise _missing_column(place, column, record)
-    cell = record[column]
+def _read_row(record: Mapping[str, object], columns: Sequence[str], place: str, may_be_missing: Sequence[str]) -> Row:
+    for column in columns:
+        if column not in record:
+            raise _missing_column(place, column, record)
+    try:
+        cells = {column: _read_cell(record[column], column, place, may_be_missing) for column in columns}
+    except InputError as error:
+        return Row(place, {}, problem=str(error))
+    return Row(place, cells)
+
+
+def _read_cell(cell: object, column: str, place: str, may_be_missing: Sequence[str]) -> str:
     if cell is None and column in may_be_missing:
         return ""
     if not isinstance(cell, str):
@@ -145,6 +159,7 @@ def _json_type(value: object) -> str:
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    csv.field_size_limit(LONGEST_CELL)
     # newline="": a line end inside quotes belongs to the cell.
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
@@ -182,9 +197,11 @@ def _read_hub(source: str, columns: Sequence[str]) -> Iterator[Record]:
 
     match = HUB.fullmatch(source)
     if match is None:
-        raise InputError(f"{source}: not a data set of the hub; expected hub:OWNER/NAME[@REVISION][:SPLIT]")
+        raise InputError(f"{source}: not a data set of the hub; expected hub:OWNER/NAME[#CONFIG][@REVISION][:SPLIT]")
     try:
-        rows = datasets.load_dataset(match["name"], revision=match["revision"], split=match["split"] or "train")
+        rows = datasets.load_dataset(
+            match["name"], match["config"], revision=match["revision"], split=match["split"] or "train"
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{source}: cannot be loaded: {_first_line(error)}") from error
     _check_header(rows.column_names, columns, source)

@@ -19,6 +19,9 @@ class Row:
     place: str
     """File and line (or row), 1-based, as an error names it: `pairs.jsonl, line 3`."""
     cells: Mapping[str, str]
+    """Empty where there is a problem."""
+    problem: str | None = None
+    """Why a cell is no text at all, in the words of an error."""
 
     def text(self, column: str) -> str:
         """The cell of a column that must say something.
@@ -59,6 +62,8 @@ def parse_rows(rows: Sequence[Row], parse: Callable[[Row], T], max_bad_rows: int
     problems: list[InputError] = []
     for row in rows:
         try:
+            if row.problem is not None:
+                raise InputError(row.problem)
             parsed.append(parse(row))
         except InputError as error:
             problems.append(error)

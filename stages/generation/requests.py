@@ -22,3 +22,9 @@ def make_requests(
         if len(ids) <= config.max_prompt_tokens
     ]
     return requests, len(encoded) - len(requests)
+
+
+def spread(requests: Sequence[Request], size: int) -> list[Request]:
+    """`size` of them, evenly spaced: prompts of a group stand together, and the first ones would be of few groups."""
+    size = min(size, len(requests))
+    return [requests[index * len(requests) // size] for index in range(size)]

@@ -39,7 +39,8 @@ class ModelConfig(Section):
 
     source: Annotated[PackageSource | PathSource | HubSource, Field(discriminator="kind")]
     chat_template: Literal["own", "plain"] = "own"
-    """own: the tokenizer's template, which must exist. plain: messages joined as they are (base models)."""
+    """own: the tokenizer's template, which must exist. plain: messages joined as they are (base models),
+    begun with the token that the tokenizer begins every text with, if it does."""
     keep_layers: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
     """all, or n evenly spaced layers of the source, first and last among them: a smaller and faster model, which
     knows little until SFT has taught it."""

@@ -111,19 +111,29 @@ def list_linear(model: PreTrainedModel) -> list[nn.Module]:
     return [*layers, head]
 
 
-def load_model(auto_class: Any, path: Path, dtype: torch.dtype, **settings: int) -> PreTrainedModel:
+def load_model(
+    auto_class: Any, path: Path, dtype: torch.dtype, *, fresh: frozenset[str] = frozenset(), **settings: int
+) -> PreTrainedModel:
     """A model of one of the library's auto classes: safetensors only, no remote code, evaluation mode.
 
+    Args:
+        auto_class: such as `AutoModelForCausalLM`.
+        path: model directory.
+        dtype: of the weights.
+        fresh: names of weights that need not be there, as the caller makes them.
+        **settings: of the model's config.
+
     Raises:
-        InputError: `path` is no complete model directory.
+        InputError: `path` is no complete model directory, or lacks weights of this kind of model.
     """
     require_model_directory(path)
     quiet_transformers()
     try:
-        model: PreTrainedModel = auto_class.from_pretrained(
+        model = load_whole(
+            auto_class,
             path,
+            fresh=fresh,
             dtype=dtype,
-            trust_remote_code=False,
             use_safetensors=True,
             attn_implementation=attention(),
             **settings,
@@ -131,6 +141,33 @@ def load_model(auto_class: Any, path: Path, dtype: torch.dtype, **settings: int)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable model: {str(error).splitlines()[0]}") from error
     model.eval()
+    return model
+
+
+def load_whole(
+    auto_class: Any, source: Path | str, *, fresh: frozenset[str] = frozenset(), **settings: Any
+) -> PreTrainedModel:
+    """The library's `from_pretrained` without remote code, and without weights that it makes up silently.
+
+    Args:
+        auto_class: such as `AutoModelForCausalLM`.
+        source: directory, or name on the hub.
+        fresh: names of weights that need not be there.
+        **settings: for `from_pretrained`, which raises its own errors.
+
+    Raises:
+        InputError: weights are missing; whoever catches it says of what.
+    """
+    model: PreTrainedModel
+    model, report = auto_class.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **settings)
+    missing = report["missing_keys"] - fresh
+    if missing:
+        first, *rest = sorted(missing)
+        more = f" and {len(rest)} more" if rest else ""
+        raise InputError(
+            f"it holds no weight {first!r}{more}, which {type(model).__name__} needs; it was saved by another "
+            "kind of model, or not whole"
+        )
     return model
 
 

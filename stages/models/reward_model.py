@@ -26,7 +26,7 @@ def init_reward_model(sft: Path, dtype: torch.dtype, seed: int) -> PreTrainedMod
 
     The head's initialisation is that of Stiennon et al. 2020 (arXiv:2009.01325), drawn from its own generator.
     """
-    model = load_model(AutoModelForSequenceClassification, sft, dtype, num_labels=1)
+    model = load_model(AutoModelForSequenceClassification, sft, dtype, fresh=frozenset({"score.weight"}), num_labels=1)
     head = _head(model)
     generator = torch.Generator().manual_seed(seed)
     scale = (head.weight.shape[1] + 1) ** -0.5

@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import GgufConfig
 from stages.common.errors import InputError, SettingError
 from stages.common.watched import warn_unless_watched
 from stages.models.config import HubSource, ModelConfig, PackageSource, PathSource
-from stages.models.load import load_policy, load_tokenizer, move, quiet_transformers, save_model
+from stages.models.load import load_policy, load_tokenizer, load_whole, move, quiet_transformers, save_model
 from stages.models.shorten import shorten_model
 
 WATCHED = Path("inputs/model")
@@ -18,6 +18,8 @@ WATCHED = Path("inputs/model")
 
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """For base models without a chat format: the messages' contents, joined."""
+PLAIN_BOS = "{% if not messages[0]['content'].startswith(bos_token) %}{{ bos_token }}{% endif %}"
+"""Before it where the tokenizer begins every text with its token: the model was trained with it at the start."""
 
 
 def prepare_base_model(config: ModelConfig, save_to: Path) -> None:
@@ -31,7 +33,7 @@ def prepare_base_model(config: ModelConfig, save_to: Path) -> None:
     quiet_transformers()
     model, tokenizer = _load(config)
     if config.chat_template == "plain":
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = make_plain_template(tokenizer)
     if not tokenizer.chat_template:
         raise SettingError(
             "model.chat_template='own': the tokenizer of model.source has no chat template; set it to 'plain'"
@@ -42,6 +44,12 @@ def prepare_base_model(config: ModelConfig, save_to: Path) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     shorten_model(model, config.keep_layers)
     save_model(move(model, torch.bfloat16), tokenizer, save_to)
+
+
+def make_plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template of `model.chat_template: plain` for a base model with this tokenizer."""
+    is_begun = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return f"{PLAIN_BOS}{PLAIN_TEMPLATE}" if is_begun else PLAIN_TEMPLATE
 
 
 def _load(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -70,12 +78,8 @@ def _find_package_file(source: PackageSource) -> Path:
 
 def _load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            trust_remote_code=False,
-        )
+        quantization = GgufConfig(dequantize=True)
+        model = load_whole(AutoModelForCausalLM, file.parent, gguf_file=file.name, quantization_config=quantization)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not a readable GGUF model: {_first_line(error)}") from error
@@ -85,12 +89,11 @@ def _load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def _load_hub(repo: str, revision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            repo, revision=revision, dtype=torch.bfloat16, trust_remote_code=False, use_safetensors=True
-        )
-        return model, AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=False)
+        model = load_whole(AutoModelForCausalLM, repo, revision=revision, dtype=torch.bfloat16, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SettingError(f"model.source.repo={repo!r} at {revision!r}: {_first_line(error)}") from error
+    return model, tokenizer
 
 
 def _first_line(error: BaseException) -> str:

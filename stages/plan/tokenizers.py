@@ -6,13 +6,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from stages.common.errors import InputError
 from stages.common.hashing import hash_text
-from stages.data.records import Message
 from stages.data.store import read_prompts
+from stages.data.text import TODAY, write_prompt
 from stages.generation.requests import make_requests
 from stages.models.config import PathSource
 from stages.models.load import load_tokenizer
-from stages.models.source import PLAIN_TEMPLATE
+from stages.models.source import make_plain_template
 from stages.plan.architecture import Architecture
 from stages.plan.checks import Finding
 from stages.plan.settings import Places, Settings
@@ -86,7 +87,8 @@ def _check_one(settings: Settings, policy: Architecture, found: Found) -> Iterat
         yield Finding(
             "ok", f"pad is eos ({tokenizer.eos_token!r}): harmless here, masks come from lengths; EOS is trained"
         )
-    template = tokenizer.chat_template or (PLAIN_TEMPLATE if settings.model.chat_template == "plain" else None)
+    is_plain = settings.model.chat_template == "plain"
+    template = make_plain_template(tokenizer) if is_plain else tokenizer.chat_template
     if template is None:
         yield Finding("wrong", f"{found.path}: has no chat template; set model.chat_template to 'plain'")
         return
@@ -96,21 +98,23 @@ def _check_one(settings: Settings, policy: Architecture, found: Found) -> Iterat
 def _check_prompt(settings: Settings, found: Found, template: str) -> Iterator[Finding]:
     """A prompt of the task's form, as the data stages would write it."""
     tokenizer = found.tokenizer
-    messages: list[Message] = list(settings.data.task.messages("text"))
-    text = tokenizer.apply_chat_template(
-        [{"role": message.role, "content": message.content} for message in messages],
-        tokenize=False,
-        add_generation_prompt=True,
-        chat_template=template,
-    )
-    ids = tokenizer(str(text), add_special_tokens=False)["input_ids"]
+    try:
+        text = write_prompt(tokenizer, settings.data.task.messages("text"), f"{found.path}: a prompt", template)
+    except InputError as error:
+        yield Finding("wrong", str(error))
+        return
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     yield Finding(
         "ok", f"chat template: a prompt of task {settings.data.task.name} is {len(ids)} tokens around its text"
     )
-    usual = tokenizer(str(text))["input_ids"]
+    usual = tokenizer(text)["input_ids"]
     if usual[0] == tokenizer.bos_token_id != ids[0]:
         yield Finding(
             "note", f"prompts begin without {tokenizer.bos_token!r}, which this tokenizer adds by itself elsewhere"
+        )
+    if "strftime_now" in template:
+        yield Finding(
+            "note", f"the chat template writes the day; it is told {TODAY:%d %b %Y}, so that prompts stay the same"
         )
 
 

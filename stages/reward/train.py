@@ -19,7 +19,7 @@ from stages.common.errors import InputError
 from stages.common.metrics import Mean
 from stages.data.batches import SequenceBatch, collate, split_by_tokens
 from stages.data.records import Completion
-from stages.data.text import LengthReport, TokenSequence
+from stages.data.text import LengthReport, TokenSequence, require_kept
 from stages.data.token_pairs import PairExample, TokenPair, encode_pairs
 from stages.learner.engine import LossFunction, compute_type
 from stages.learner.epochs import Epochs, LogMetrics, train_epochs
@@ -55,7 +55,8 @@ class TrainedReward:
     """Score of chosen minus score of rejected, per validation pair."""
     prompt_ids: list[str]
     """Prompt of each margin."""
-    lengths: LengthReport
+    train_lengths: LengthReport
+    validation_lengths: LengthReport
 
 
 def train_reward_model(
@@ -75,10 +76,12 @@ def train_reward_model(
     for split, pairs in (("train", data.train), ("validation", data.validation)):
         if not pairs:
             raise InputError(f"artifacts/pairs: no pairs in split {split}; the log of stage label_pairs says why")
-    train, lengths = encode_pairs(data.train, max_tokens=config.max_tokens, too_long=config.too_long)
-    validation, _ = encode_pairs(data.validation, max_tokens=config.max_tokens, too_long=config.too_long)
-    if not train or not validation:
-        raise InputError(f"artifacts/pairs: no pair fits into reward.max_tokens={config.max_tokens}")
+    train, train_lengths = encode_pairs(data.train, max_tokens=config.max_tokens, too_long=config.too_long)
+    validation, validation_lengths = encode_pairs(
+        data.validation, max_tokens=config.max_tokens, too_long=config.too_long
+    )
+    for split, lengths in (("train", train_lengths), ("validation", validation_lengths)):
+        require_kept("artifacts/pairs", "pairs", lengths, split, f"reward.max_tokens={config.max_tokens}")
     require_context(init_from, max(map(len, train + validation)), f"reward.max_tokens={config.max_tokens}")
     epochs = Epochs[PairExample, SequenceBatch](
         examples=train,
@@ -97,7 +100,7 @@ def train_reward_model(
         margins = compute_margins(learner.model, validation, config, ranks)
         make_plain = functools.partial(init_reward_model, init_from, torch.float32, config.seed)
         save_trained(learner, make_plain, load_tokenizer(init_from), save_to)
-    return TrainedReward(margins, [example.prompt_id for example in validation], lengths)
+    return TrainedReward(margins, [example.prompt_id for example in validation], train_lengths, validation_lengths)
 
 
 def split_pairs(examples: list[PairExample], max_tokens: int, num_ranks: int = 1) -> list[SequenceBatch]:

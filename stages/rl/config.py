@@ -56,7 +56,7 @@ class RlConfig(Section):
     eval_every: PositiveInt = 10
     """Updates between evaluations on the validation prompts."""
     num_eval_prompts: PositiveInt = 48
-    """Validation prompts of each evaluation."""
+    """Validation prompts of each evaluation, evenly spaced: all of them come from as many groups as possible."""
     max_kl_nats: PositiveFloat = 10.0
     """The best checkpoint is the one of highest proxy score whose KL per completion is at most this."""
     checkpoint_every: PositiveInt = 10

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stages.common.errors import InputError
 from stages.common.guard import parse_cores
 from stages.common.hashing import hash_paths
 from stages.common.metrics import Mean, merge_means
 from stages.data.records import Split, TooLong
-from stages.data.text import LengthReport
+from stages.data.text import LengthReport, require_kept
 from stages.data.token_pairs import PairExample, encode_pairs, read_token_pairs
 from stages.learner.checkpoint import commit_checkpoint, find_checkpoint
 from stages.learner.engine import Learner, LossFunction, compute_type
@@ -367,11 +366,8 @@ def _evaluate_batch(
 def _read_pairs(inputs: OfflineInputs, split: Split) -> tuple[list[PairExample], LengthReport]:
     path = inputs.pairs / f"{split}.parquet"
     pairs, lengths = encode_pairs(read_token_pairs(path), max_tokens=inputs.max_tokens, too_long=inputs.too_long)
-    if not pairs:
-        raise InputError(
-            f"{path}: none of {lengths.num_samples} pairs fits into reward.max_tokens={inputs.max_tokens}, which "
-            "rl.algorithm.name='dpo' keeps to as well"
-        )
+    limit = f"reward.max_tokens={inputs.max_tokens}, which rl.algorithm.name='dpo' keeps to as well"
+    require_kept(str(path), "pairs", lengths, split, limit)
     return pairs, lengths
 
 

@@ -18,7 +18,7 @@ from stages.generation.config import GenerationConfig, require_room
 from stages.generation.devices import name_visible_gpus
 from stages.generation.engine_args import check_engine_args
 from stages.generation.protocol import Generator, Request, SamplingPlan
-from stages.generation.requests import make_requests
+from stages.generation.requests import make_requests, spread
 from stages.generation.start import GeneratorSettings, start_generator
 from stages.learner.checkpoint import find_checkpoint
 from stages.learner.engine import Learner
@@ -233,7 +233,7 @@ def _read_prompts(inputs: PolicyInputs, config: RlConfig, generation: Generation
         )
     if len(validation) < config.num_eval_prompts:
         logger.warning("evaluations have %d prompts, rl.num_eval_prompts=%d", len(validation), config.num_eval_prompts)
-    return _Prompts(train, validation[: config.num_eval_prompts], num_too_long)
+    return _Prompts(train, spread(validation, config.num_eval_prompts), num_too_long)
 
 
 def _open_scratch(setting: _Setting) -> AbstractContextManager[Path]:

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.common.errors import InputError
 from stages.common.metrics import Mean
 from stages.data.batches import SequenceBatch, collate, split_by_tokens
 from stages.data.records import Demonstration
-from stages.data.text import LengthReport, TokenSequence, encode_completion, encode_prompt, limit_lengths
+from stages.data.text import (
+    LengthReport,
+    TokenSequence,
+    encode_completion,
+    encode_prompt,
+    limit_lengths,
+    require_kept,
+)
 from stages.learner.engine import LossFunction, compute_type
 from stages.learner.epochs import Epochs, LogMetrics, train_epochs
 from stages.learner.launch import open_ranks
@@ -41,6 +47,7 @@ class SftResult:
     eval_loss: float
     """The same after training."""
     train_lengths: LengthReport
+    validation_lengths: LengthReport
 
     @property
     def perplexity(self) -> float:
@@ -59,14 +66,15 @@ def train_sft_model(
     """Fine-tune the model in `init_from` on `demonstrations["train"]`; evaluate on `["validation"]`.
 
     Raises:
-        InputError: no demonstration is left within `max_tokens`.
+        InputError: a split has no demonstration, or none within `max_tokens`.
         SettingError: `max_tokens` lets in more than the model can read.
     """
     tokenizer = load_tokenizer(init_from)
-    train, lengths = encode_demonstrations(tokenizer, demonstrations["train"], config)
-    validation, _ = encode_demonstrations(tokenizer, demonstrations["validation"], config)
-    if not train or not validation:
-        raise InputError(f"artifacts/data: no demonstration fits into sft.max_tokens={config.max_tokens}")
+    train, train_lengths = encode_demonstrations(tokenizer, demonstrations["train"], config)
+    validation, validation_lengths = encode_demonstrations(tokenizer, demonstrations["validation"], config)
+    limit = f"sft.max_tokens={config.max_tokens}"
+    require_kept("artifacts/data", "demonstrations", train_lengths, "train", limit)
+    require_kept("artifacts/data", "demonstrations", validation_lengths, "validation", limit)
     require_context(init_from, max(map(len, train + validation)), f"sft.max_tokens={config.max_tokens}")
     epochs = Epochs[TokenSequence, SequenceBatch](
         examples=train,
@@ -86,7 +94,7 @@ def train_sft_model(
         after = evaluate(learner.model, validation, config, ranks)
         log_metrics({"eval/loss": after}, learner.updates)
         save_trained(learner, functools.partial(load_policy, init_from, torch.float32), tokenizer, save_to)
-    return SftResult(before, after, lengths)
+    return SftResult(before, after, train_lengths, validation_lengths)
 
 
 def encode_demonstrations(

@@ -24,6 +24,10 @@ def write_params(folder: Path, section: str, key: str, value: Any) -> None:
             "rl.algorithm.greedy_max_tokens=48 cuts nothing: allowed: below generation.max_new_tokens=48, or null",
         ),
         ("generation", "max_new_tokens", 49, "reward.max_tokens=136 is below generation.max_prompt_tokens"),
+        (
+            *("data", "task", {"name": "pairs", "source": "a.jsonl", "format": "transcripts"}),
+            "data.task.format='transcripts' with model.chat_template='plain': nothing would say whose turn is whose",
+        ),
         ("generation", "max_num_seqs", 3, "pairs.samples_per_prompt=6 exceeds generation.max_num_seqs=3, and vLLM"),
         ("judge", "samples_per_prompt", 129, "judge.samples_per_prompt=129 exceeds generation.max_num_seqs=128"),
         (
@@ -35,7 +39,10 @@ def write_params(folder: Path, section: str, key: str, value: Any) -> None:
 def test_sections_that_do_not_fit_together_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, key: str, value: int, message: str
 ) -> None:
-    write_params(tmp_path, section, key, value)
+    params = read_params()
+    params[section][key] = value
+    params["model"]["chat_template"] = "plain"
+    YAML().dump(params, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(SettingError) as caught:

@@ -114,3 +114,41 @@ def test_settings_that_the_policy_was_not_made_with_are_refused() -> None:
         export_policy(Path("out"))
     Path("params.yaml").write_text(PARAMS.replace("0.7", "1.0"))
     export_policy(Path("out"))
+
+
+DVC_YAML = """
+stages:
+  train_policy: {cmd: x, outs: [artifacts/policy]}
+  sample_policy: {cmd: x, deps: [artifacts/policy], outs: [artifacts/samples, metrics/samples.json]}
+  judge_policy: {cmd: x, deps: [artifacts/samples], outs: [metrics/judge.json]}
+"""
+JUDGED_LOCK = """
+schema: '2.0'
+stages:
+  train_policy: {{cmd: x, outs: [{{path: artifacts/policy, md5: {trained}.dir}}]}}
+  sample_policy:
+    cmd: x
+    deps: [{{path: artifacts/policy, md5: aa.dir}}]
+    outs: [{{path: artifacts/samples, md5: dd.dir}}, {{path: metrics/samples.json, md5: ee}}]
+  judge_policy:
+    cmd: x
+    deps: [{{path: artifacts/samples, md5: dd.dir}}]
+    outs: [{{path: metrics/judge.json, md5: ff}}]
+"""
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(("trained", "is_shown"), [("aa", True), ("bb", False)])
+def test_a_verdict_on_an_earlier_policy_is_not_on_the_card(trained: str, is_shown: bool) -> None:
+    Path("metrics/samples.json").write_text('{"kl_nats": 2.5}')
+    Path("metrics/sft.json").write_text('{"eval_loss": 1.5}')
+    Path("dvc.yaml").write_text(DVC_YAML)
+    Path("dvc.lock").write_text(JUDGED_LOCK.format(trained=trained))
+
+    export_policy(Path("out"))
+
+    card = Path("out/README.md").read_text()
+    shown = [name in card for name in ("judge/gold_win_rate", "samples/kl_nats", "artifacts/samples")]
+    assert shown == [is_shown] * 3
+    assert "| sft/eval_loss | 1.5 |" in card
+    assert f"{trained}.dir" in card

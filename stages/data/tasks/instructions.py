@@ -28,7 +28,7 @@ class InstructionsTask(Section):
 
     name: Literal["instructions"]
     source: str = Field(min_length=1)
-    """Path of a .jsonl, .json, .csv or .parquet file, or hub:OWNER/NAME[@REVISION][:SPLIT]."""
+    """Path of a .jsonl, .json, .csv or .parquet file, or hub:OWNER/NAME[#CONFIG][@REVISION][:SPLIT]."""
     columns: InstructionColumns = InstructionColumns()
     max_bad_rows: NonNegativeInt = 0
     """Rows with unusable text that may be dropped; one more stops the stage and names the first."""

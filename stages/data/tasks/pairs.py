@@ -16,7 +16,7 @@ from stages.data.records import Demonstration, Message, Pair
 from stages.data.rows import Row, parse_rows
 from stages.data.scorers import NoScorer, ScorerConfig
 from stages.data.tasks.task import TaskData, make_group, make_prompt
-from stages.data.tasks.transcripts import split_transcript
+from stages.data.tasks.transcripts import find_opening, split_transcript
 
 
 class PairColumns(Section):
@@ -33,7 +33,7 @@ class PairsTask(Section):
 
     name: Literal["pairs"]
     source: str = Field(min_length=1)
-    """Path of a .jsonl, .json, .csv or .parquet file, or hub:OWNER/NAME[@REVISION][:SPLIT]."""
+    """Path of a .jsonl, .json, .csv or .parquet file, or hub:OWNER/NAME[#CONFIG][@REVISION][:SPLIT]."""
     format: Literal["columns", "transcripts"] = "columns"
     """columns: prompt, chosen, rejected. transcripts: chosen and rejected hold whole conversations."""
     columns: PairColumns = PairColumns()
@@ -98,7 +98,7 @@ class PairsTask(Section):
                 "completion; expected two different ones"
             )
         # One conversation is often cut at several turns; all its cuts begin with the same message.
-        return Pair(make_prompt(messages, make_group(messages[0].content)), chosen, rejected)
+        return Pair(make_prompt(messages, make_group(find_opening(messages[0].content))), chosen, rejected)
 
 
 def _choose_demonstrations(pairs: list[Pair]) -> list[Demonstration]:

@@ -38,7 +38,7 @@ class ProblemsTask(Section):
 
     name: Literal["problems"]
     source: str = Field(min_length=1)
-    """Path of a .jsonl, .json, .csv or .parquet file, or hub:OWNER/NAME[@REVISION][:SPLIT]."""
+    """Path of a .jsonl, .json, .csv or .parquet file, or hub:OWNER/NAME[#CONFIG][@REVISION][:SPLIT]."""
     columns: ProblemColumns = ProblemColumns()
     max_bad_rows: NonNegativeInt = 0
     """Rows with unusable text or no answer that may be dropped; one more stops the stage and names the first."""

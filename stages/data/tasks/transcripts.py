@@ -10,6 +10,12 @@ TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 ROLES: dict[str, Literal["user", "assistant"]] = {"Human": "user", "Assistant": "assistant"}
 
 
+def find_opening(prompt: str) -> str:
+    """What all cuts of one conversation begin with: the first turn where a prompt is a transcript, else all of it."""
+    before, *parts = TURN.split(prompt.strip())
+    return f"{before}{parts[1]}".strip() if parts else prompt
+
+
 def split_transcript(transcript: str, place: str) -> tuple[tuple[Message, ...], str]:
     """The turns before the last one as a prompt, and the last one, the assistant's, as completion.
 
@@ -18,8 +24,8 @@ def split_transcript(transcript: str, place: str) -> tuple[tuple[Message, ...], 
         place: file, line and column, for the message.
 
     Raises:
-        InputError: text before the first turn, fewer than two turns, an empty turn, two turns of one
-            role in a row, or a last turn that is not the assistant's.
+        InputError: text before the first turn, a first turn that is not the human's, fewer than two turns, an empty
+            turn, two turns of one role in a row, or a last turn that is not the assistant's.
     """
     before, *parts = TURN.split(transcript.strip())
     turns = [Message(ROLES[speaker], text.strip()) for speaker, text in zip(parts[::2], parts[1::2], strict=True)]
@@ -27,6 +33,8 @@ def split_transcript(transcript: str, place: str) -> tuple[tuple[Message, ...], 
         raise InputError(f"{place}: does not begin with 'Human:'; expected a transcript of turns")
     if turns[-1].role != "assistant" or len(turns) < 2:
         raise InputError(f"{place}: has no last turn 'Assistant:' after a prompt; expected one to learn from")
+    if turns[0].role != "user":
+        raise InputError(f"{place}: begins with 'Assistant:'; expected 'Human:', as chat templates do")
     for number, turn in enumerate(turns, start=1):
         if not turn.content:
             raise InputError(f"{place}: turn {number} of {len(turns)} is empty; expected text")

@@ -1,5 +1,16 @@
+import pytest
+
+from stages.common.errors import InputError
 from stages.data.records import Message, Prompt
-from stages.data.text import TokenSequence, decode_completion, encode_completion, encode_prompt, limit_lengths
+from stages.data.text import (
+    LengthReport,
+    TokenSequence,
+    decode_completion,
+    encode_completion,
+    encode_prompt,
+    limit_lengths,
+    require_kept,
+)
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -22,6 +33,45 @@ def test_a_completion_ends_with_one_end_of_sequence_token_although_it_is_the_pad
     assert ids[-1] == EOS
     assert ids.count(EOS) == 1
     assert decode_completion(TOKENIZER, ids) == "ab"
+
+
+def test_a_completion_that_spells_its_end_has_one_end_and_none_before_it() -> None:
+    assert encode_completion(TOKENIZER, "ab<|im_end|>") == encode_completion(TOKENIZER, "ab")
+
+    with pytest.raises(
+        InputError, match=r"^completion 'a<\|im_end\|>b': holds the end-of-sequence token '<\|im_end\|>'"
+    ):
+        encode_completion(TOKENIZER, "a<|im_end|>b")
+
+
+def test_a_template_that_writes_the_day_gives_the_same_tokens_every_day() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}"
+
+    assert tokenizer.decode(encode_prompt(tokenizer, Prompt("p", (Message("user", "u"),), group="g"))) == "26 Jul 2024"
+
+
+def test_messages_that_the_template_refuses_are_named() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    prompt = Prompt("p1", (Message("system", "s"), Message("user", "u")), group="g")
+
+    with pytest.raises(
+        InputError, match=r"^prompt p1: the model's .* refuses messages of system, user: System role not"
+    ):
+        encode_prompt(tokenizer, prompt)
+
+
+def test_a_split_of_which_nothing_is_left_is_refused_and_a_loss_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    for lengths, message in (
+        (LengthReport(0, 0, 0), "split train has no pairs"),
+        (LengthReport(2, 2, 0), "none of 2 pairs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            require_kept("artifacts/pairs", "pairs", lengths, "train", "reward.max_tokens=9")
+
+    require_kept("artifacts/pairs", "pairs", LengthReport(3, 1, 0), "validation", "reward.max_tokens=9")
+    assert "1 of 3 pairs of split validation are not looked at, longer than reward.max_tokens=9" in caplog.text
 
 
 def test_over_long_samples_are_counted_whatever_happens_to_them() -> None:

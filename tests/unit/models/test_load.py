@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from stages.common.errors import InputError, SettingError
+from stages.data.records import Message, Prompt
+from stages.data.text import encode_prompt
 from stages.learner.logprobs import require_plain_head
 from stages.models.config import ModelConfig
 from stages.models.load import find_blocks, load_policy, load_tokenizer, select_trainable
-from stages.models.source import prepare_base_model
-from tests.tiny import save_tiny_model, tiny_llama
+from stages.models.reward_model import init_reward_model, load_reward_model
+from stages.models.source import make_plain_template, prepare_base_model
+from tests.tiny import save_tiny_model, tiny_llama, tiny_tokenizer
 
 
 def config(**source: str) -> ModelConfig:
@@ -28,6 +33,29 @@ def test_an_incomplete_model_directory_is_refused_with_what_is_missing(tmp_path:
     (tmp_path / "model/model.safetensors").write_bytes(b"not weights")
     with pytest.raises(InputError, match=r"model: not a readable model: "):
         load_policy(tmp_path / "model", torch.float32)
+
+
+def test_weights_that_are_not_in_the_files_are_not_made_up(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    names = [name for name in sorted(weights) if "layers.1.mlp" in name]
+    save_file({name: tensor for name, tensor in weights.items() if name not in names}, path / "model.safetensors")
+
+    with pytest.raises(
+        InputError,
+        match=rf"model: not a readable model: it holds no weight '{names[0]}' and 2 more, which LlamaForCausalLM needs",
+    ):
+        load_policy(path, torch.float32)
+
+
+def test_a_classifier_without_its_head_is_refused(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path / "model")
+
+    with pytest.raises(
+        InputError, match=r"holds no weight 'score\.weight', which LlamaForSequenceClassification needs"
+    ):
+        load_reward_model(path, torch.float32)
+    assert init_reward_model(path, torch.float32, seed=0).config.num_labels == 1
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
@@ -114,6 +142,19 @@ def test_a_tokenizer_without_a_chat_template_needs_the_plain_one(tmp_path: Path)
 
     prepare_base_model(wanted.model_copy(update={"chat_template": "plain"}), tmp_path / "base")
     assert "content" in str(load_tokenizer(tmp_path / "base").chat_template)
+
+
+def test_the_plain_template_begins_as_the_tokenizer_does() -> None:
+    tokenizer = tiny_tokenizer()
+    prompt, begun = (Prompt("p", (Message("user", text),), group="g") for text in ("ab", "<|im_start|>ab"))
+
+    tokenizer.chat_template = make_plain_template(tokenizer)
+    assert encode_prompt(tokenizer, prompt) == (64, 65)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)]
+    )
+    tokenizer.chat_template = make_plain_template(tokenizer)
+    assert encode_prompt(tokenizer, prompt) == encode_prompt(tokenizer, begun) == (257, 64, 65)
 
 
 def test_a_package_that_is_not_there_or_holds_no_such_file_is_named() -> None:

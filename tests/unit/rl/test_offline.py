@@ -67,6 +67,6 @@ def test_pairs_that_are_all_too_long_are_an_input_error(tmp_path: Path, split: s
         train_offline(inputs, make_config(), Timeline(tmp_path / "t"), tmp_path, outputs, lambda *_: None)
 
     assert str(caught.value) == (
-        f"{tmp_path}/{split}.parquet: none of 1 pairs fits into reward.max_tokens=10, which "
-        "rl.algorithm.name='dpo' keeps to as well"
+        f"{tmp_path}/{split}.parquet: none of 1 pairs of split {split} fits into reward.max_tokens=10, which "
+        "rl.algorithm.name='dpo' keeps to as well; raise it"
     )

@@ -37,4 +37,4 @@ def test_evaluation_is_the_same_quantity() -> None:
 
     (batch,) = split_sequences(SEQUENCES, max_tokens=1000)
     torch.testing.assert_close(torch.tensor(loss), make_loss_function(SEQUENCES)(model, batch)[0].detach())
-    assert SftResult(loss, 2.0, LengthReport(2, 0, 0)).perplexity == math.exp(2.0)
+    assert SftResult(loss, 2.0, LengthReport(2, 0, 0), LengthReport(2, 0, 0)).perplexity == math.exp(2.0)

@@ -7,6 +7,8 @@ from stages.common.errors import InputError
 from stages.data.records import Message
 from stages.data.tasks.pairs import PairColumns, PairsTask
 
+H, A = "\n\nHuman: ", "\n\nAssistant: "
+
 
 def write(path: Path, rows: list[dict[str, str]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -51,6 +53,17 @@ def test_conversations_with_one_beginning_are_one_group(tmp_path: Path) -> None:
     assert len({prompt.group for prompt in data.prompts}) == 1
 
 
+def test_dialogues_in_a_column_that_begin_alike_are_one_group(tmp_path: Path) -> None:
+    prompts = [f"{H}Hi{A}", f"{H}hi{A}Yes?{H}Why?{A}", f"{H}Ho{A}", "Hi", "Hi there"]
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in prompts]
+
+    data = PairsTask(name="pairs", source=write(tmp_path / "a.jsonl", rows)).load(seed=0)
+
+    groups = {prompt.messages[0].content: prompt.group for prompt in data.prompts}
+    assert groups[prompts[0]] == groups[prompts[1]]
+    assert len(set(groups.values())) == 3  # the first, Ho, and "Hi there"; "Hi" alone begins as the first does
+
+
 def test_a_prompt_has_one_demonstration_whatever_the_order_of_rows(tmp_path: Path) -> None:
     rows = [{"prompt": "Why?", "chosen": chosen, "rejected": "No."} for chosen in ("b", "a", "c")]
 
@@ -60,13 +73,17 @@ def test_a_prompt_has_one_demonstration_whatever_the_order_of_rows(tmp_path: Pat
         assert len(data.pairs or []) == 3
 
 
-H, A = "\n\nHuman: ", "\n\nAssistant: "
 BAD_TRANSCRIPTS = [
     (H + "Hi" + A + "x", H + "Ho" + A + "y", r"columns 'chosen' and 'rejected' differ before their last turn"),
     (H + "Hi" + A + "x", H + "Hi" + A + "x", r"columns 'chosen' and 'rejected' hold the same completion"),
     (H + "Hi" + A + " ", H + "Hi" + A + "y", r"column 'chosen': turn 2 of 2 is empty; expected text"),
     (H + "Hi" + A + "x", H + "Hi", r"column 'rejected': has no last turn 'Assistant:' after a prompt"),
     (A + "Hi", H + "Hi" + A + "x", r"column 'chosen': has no last turn 'Assistant:' after a prompt"),
+    (
+        A + "Hi" + H + "Ho" + A + "x",
+        H + "Ho" + A + "x",
+        r"column 'chosen': begins with 'Assistant:'; expected 'Human:'",
+    ),
     ("Hi", H + "Hi" + A + "x", r"column 'chosen': does not begin with 'Human:'"),
     ("So: " + H + "Hi" + A + "x", H + "Hi" + A + "x", r"column 'chosen': does not begin with 'Human:'"),
     (H + "a" + H + "b" + A + "x", H + "a" + A + "y", r"column 'chosen': turns 1 and 2 are both the user's"),
