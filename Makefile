@@ -134,9 +134,10 @@ drill: setup ## crash drill of the RL stage: 55 times SIGKILL or SIGSTOP in 40 m
 bench: setup ## all benchmarks at a small size, in one table with their targets (15 minutes or more; OPTIONS="--only ranks.py")
 	@$(BIN)/python bench/all.py $(OPTIONS)
 
-study: setup ## the papers' tables on this code, a queue that goes on where it was (STUDY=staleness HOURS=3)
+study: setup ## the papers' tables on this code, a queue that goes on where it was (STUDY=staleness HOURS=3 WORKSPACE=DIR)
+	@mkdir -p .slipstream/bench
 	@$(BIN)/python bench/study.py "$(STUDY)" --hours $(HOURS) --workspace "$(WORKSPACE)" \
-		--out "docs/benchmarks/2026-11-21-study-$(STUDY).json" $(OPTIONS)
+		--out ".slipstream/bench/study-$(STUDY).json" $(OPTIONS)
 
 bench-gpu: setup ## benchmarks for GPUs (SIZE=1b, OPTIONS="--device cpu --smallest" where there is none)
 	@bench/gpu/run_all.sh .slipstream/bench-gpu --size $(SIZE) $(OPTIONS)

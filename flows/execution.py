@@ -34,18 +34,25 @@ class Order(Parameters):
 
     @classmethod
     def create(
-        cls, stage: Stage, run: RunParameters, workspace: Workspace, repository: str, *, has_remote: bool
+        cls,
+        stage: Stage,
+        run: RunParameters,
+        placement: Placement,
+        workspace: Workspace,
+        repository: str,
+        *,
+        has_remote: bool,
     ) -> "Order":
         """The order of one stage of a run."""
         return cls(
             key=workspace.key,
             stage=stage,
-            queue=run.placement.stages.get(stage, "here"),
+            queue=placement.stages.get(stage, "here"),
             repository=repository,
             revision=workspace.commit,
             variables=describe_run(workspace.key, run.recipe),
             has_remote=has_remote,
-            placement=run.placement,
+            placement=placement,
         )
 
 
@@ -74,6 +81,7 @@ def bring_up_to_date(
     if not order.has_remote and not order.placement.is_local:
         # What other workers of this machine have made is in the cache that all clones share.
         run_dvc(workspace.path, "checkout", "--allow-missing", "--force")
+    workspace.restore_inputs(pull=order.has_remote)
     log_path = workspace.path / ".slipstream" / "logs" / f"{stage}.log"
     variables = order.variables | (env or {})
     with StageOutput(stage, log_path) as output, contextlib.chdir(workspace.path):

@@ -86,8 +86,8 @@ class RunParameters(Parameters):
     repository: str | None = None
     """Git address to clone. None: the worker's own checkout if one worker does everything, else its `origin`."""
     revision: str = "HEAD"
-    """Commit, branch or tag."""
-    placement: Placement = Placement()
+    """Commit, branch or tag. HEAD: where `repository` is null the commit of the worker's checkout, which has to be
+    pushed if several workers run the stages."""
 
 
 def list_needed(run: RunParameters, dvc_yaml: Path) -> list[Stage]:

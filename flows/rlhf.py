@@ -19,17 +19,16 @@ from flows.dvc import allow_start
 from flows.ending import ending_everything
 from flows.execution import Order, bring_up_to_date, describe_outcome, describe_run, is_worth_retrying
 from flows.generators import serve_generators
-from flows.parameters import RunParameters, Stage, list_needed
+from flows.parameters import Placement, RunParameters, Stage, list_needed
 from flows.summary import StageRow, finish_lineage, show_links, show_stages
 from flows.workspace import (
     Workspace,
     adopt,
-    choose_repository,
+    choose_source,
     is_begun,
     name_run,
     open_workspace,
     prepare_settings,
-    resolve_revision,
 )
 from stages.common.errors import RunError
 
@@ -64,15 +63,22 @@ def run_stage(stage: Stage, workspace: Workspace, order: Order, rows: list[Stage
 
 
 @flow(name="rlhf", log_prints=False, persist_result=False)
-def rlhf(run: RunParameters = RunParameters()) -> None:  # noqa: B008  Prefect's page shows the default
-    """Prompts and preferences in, a judged policy out."""
+def rlhf(
+    run: RunParameters = RunParameters(),  # noqa: B008  Prefect's page shows the default
+    placement: Placement = Placement(),  # noqa: B008
+) -> None:
+    """Prompts and preferences in, a judged policy out.
+
+    Args:
+        run: what is run.
+        placement: on which workers. A parameter of its own: who names one of `run` keeps a deployment's placement.
+    """
     allow_start()
     require_hope()
-    is_local, key = run.placement.is_local, run_key()
+    is_local, key = placement.is_local, run_key()
     # A worker of this machine may take up a stage, and holds the run's clone then.
     name = key if is_local else f"{key}.flow"
-    repository = choose_repository(run.repository, is_local=is_local, is_begun=is_begun(name))
-    revision = resolve_revision(repository, run.revision)
+    repository, revision = choose_source(run.repository, run.revision, is_local=is_local, is_begun=is_begun(name))
     rows: list[StageRow] = []
     with ending_everything(), open_workspace(key, repository, revision, name=name) as workspace:
         prepare_settings(workspace, run.recipe, run.overrides)
@@ -80,11 +86,11 @@ def rlhf(run: RunParameters = RunParameters()) -> None:  # noqa: B008  Prefect's
         has_remote = has_dvc_remote(workspace.path)
         stages = list_needed(run, workspace.path / "dvc.yaml")
         # A run that waits for others must not hold a device that they may need: they could be of this very machine.
-        is_all_here = all(run.placement.stages.get(stage, "here") == "here" for stage in stages)
+        is_all_here = all(placement.stages.get(stage, "here") == "here" for stage in stages)
         try:
             with hold_devices() if is_all_here else contextlib.nullcontext():
                 for stage in stages:
-                    order = Order.create(stage, run, workspace, repository, has_remote=has_remote)
+                    order = Order.create(stage, run, placement, workspace, repository, has_remote=has_remote)
                     run_stage(stage, workspace, order, rows, hold=not is_all_here)
         finally:
             show_stages(rows)

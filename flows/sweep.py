@@ -22,12 +22,14 @@ from flows.ending import ending_everything
 from flows.parameters import ONLY_SETTINGS, Parameters, RunParameters, Setting, Stage, apply_settings, list_needed
 from flows.rlhf import require_hope, run_key
 from flows.summary import find_results
-from flows.workspace import check_settings, choose_repository, name_run, resolve_revision
+from flows.workspace import check_settings, choose_source, name_run
 from stages.common.errors import RunError, SettingError
 from stages.common.pipeline import read_stage
 from stages.common.publish import read_json, write_json
 
 MAX_POINTS = 256
+LOCAL = "rlhf/local"
+"""The deployment whose runs need nothing but the worker's checkout."""
 
 
 class SweepParameters(Parameters):
@@ -38,7 +40,7 @@ class SweepParameters(Parameters):
     combination is a point."""
     run: RunParameters = RunParameters()
     """What all points have in common."""
-    deployment: str = Field(default="rlhf/local", pattern=r"^rlhf/[\w-]+$")
+    deployment: str = Field(default=LOCAL, pattern=r"^rlhf/[\w-]+$")
     """Which deployment runs a point."""
 
 
@@ -52,7 +54,7 @@ def sweep(sweep: SweepParameters) -> None:
     """
     require_hope()
     points = list_points(sweep)
-    pinned = sweep.run.model_copy(update=pin(sweep.run))
+    pinned = sweep.run.model_copy(update=pin(sweep.run, sweep.deployment))
     shared = check_points(pinned, points)
     with ending_everything():
         if shared:
@@ -63,17 +65,17 @@ def sweep(sweep: SweepParameters) -> None:
     compare(points, finished)
 
 
-def pin(run: RunParameters) -> dict[str, str]:
+def pin(run: RunParameters, deployment: str) -> dict[str, str]:
     """Repository and commit of all points. A sweep that is started again keeps those that it had here at first.
 
     Raises:
-        SettingError: see `choose_repository` and `resolve_revision`.
+        SettingError: see `choose_source`.
     """
     path = find_checkout() / ".slipstream" / "runs" / f"{run_key()}.sweep.json"
     if not path.exists():
-        repository = choose_repository(run.repository, is_local=run.placement.is_local)
+        repository, revision = choose_source(run.repository, run.revision, is_local=deployment == LOCAL)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"repository": repository, "revision": resolve_revision(repository, run.revision)})
+        write_json(path, {"repository": repository, "revision": revision})
     return {name: str(value) for name, value in read_json(path).items()}
 
 

@@ -79,6 +79,18 @@ class Workspace:
         """Whether the repository had the run's branch when it was last looked at."""
         return bool(git(self.path, "for-each-ref", f"refs/remotes/origin/{self.branch}"))
 
+    def restore_inputs(self, *, pull: bool) -> None:
+        """Files under inputs/ that `dvc add` took out of git, from the shared cache or, with `pull`, from the remote.
+
+        DVC itself restores nothing that a stage only reads as part of a folder.
+
+        Raises:
+            RunError: the cache or the remote lacks one.
+        """
+        added = sorted(str(path.relative_to(self.path)) for path in (self.path / "inputs").rglob("*.dvc"))
+        if added:
+            run_dvc(self.path, "pull" if pull else "checkout", "--force", *added)
+
     def needs(self, stage: str) -> bool:
         """Whether DVC would run a stage; one that its run cache has counts as one."""
         return "Running stage" in run_dvc(self.path, "repro", "--dry", "--allow-missing", "--single-item", stage)
@@ -176,6 +188,18 @@ def choose_repository(repository: str | None, *, is_local: bool, is_begun: bool 
         ) from error
 
 
+def choose_source(repository: str | None, revision: str, *, is_local: bool, is_begun: bool = False) -> tuple[str, str]:
+    """The git address that a run is cloned from, and the commit that it starts from.
+
+    Raises:
+        SettingError: see `choose_repository` and `resolve_revision`.
+    """
+    address = choose_repository(repository, is_local=is_local, is_begun=is_begun)
+    # HEAD of `origin` is its main branch, whatever this checkout has.
+    is_ours = repository is None and revision == "HEAD"
+    return address, resolve_revision(str(find_checkout()) if is_ours else address, revision)
+
+
 def resolve_revision(repository: str, revision: str) -> str:
     """The commit that a name stands for in a repository.
 
@@ -225,8 +249,8 @@ def _require_committed(checkout: Path) -> None:
     if changes:
         shown = ", ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
         raise SettingError(
-            f"the checkout has changes that are not committed: {shown}; a run is of a commit: commit them, "
-            "or give settings as overrides"
+            f"the checkout has changes that are not committed: {shown}; a run is of a commit: commit them (large "
+            "ones as `dvc add` leaves them), or give settings as overrides"
         )
 
 

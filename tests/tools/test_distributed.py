@@ -15,6 +15,7 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
 from flows.servers import start_mlflow, start_prefect
 from flows.workspace import name_run
@@ -23,7 +24,7 @@ from stages.rl.ledger.checks.run import check_ledger
 from stages.rl.ledger.reader import read_ledger
 from tests.integration.conftest import TOY_SETTINGS, Project
 from tests.tiny import save_tiny_model
-from tests.tools.test_workers import artifacts, message, read, start, task_states
+from tests.tools.test_workers import artifacts, client, message, read, start, task_states
 from tests.tools.toy_project import Toy, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ def test_two_workers_complete_the_pipeline_and_replace_a_lost_generator(tmp_path
     with make_site(tmp_path) as (near, far):
         with near.worker("control", "cpu", "generator", "local", devices="cpu:0"), far.worker("gpu", devices="cpu:1"):
             placement = PLACEMENT | {"generators": 1, "weights_dir": str(tmp_path / "weights")}
-            run_id = start(near, {"placement": placement}, "rlhf/distributed")
+            run_id = start(near, placement, "rlhf/distributed", "placement")
             kill_the_generator_when_training(far, name_run(read(near, run_id)))
             wait_for(lambda: (state := read(near, run_id).state) and state.is_final(), 900)
             assert message(read(near, run_id)) == "Completed: None"
@@ -62,11 +63,20 @@ def test_two_workers_complete_the_pipeline_and_replace_a_lost_generator(tmp_path
             table = artifacts(near, judged)["checkpoints"].splitlines()
             assert [line.split(" | ")[0] for line in table[2:]] == ["| 6", "| 12"]
 
-            again = start(near, {"placement": PLACEMENT, "stages": ["train_policy"]}, "rlhf/distributed")
+            # Placed by the deployment itself, which naming a parameter of `run` leaves as it is.
+            num_elsewhere = count_stage_runs(near)
+            again = start(near, {"stages": ["train_policy"]}, "rlhf/distributed")
             wait_for(lambda: (state := read(near, again).state) and state.is_final(), 200)
             assert set(task_states(near, again).values()) <= {"Cached", "Restored"}
+            assert count_stage_runs(near) == num_elsewhere + 6
         assert_a_fresh_clone_has_nothing_to_do(tmp_path, key)
         assert_one_parent_holds_all_stages(near, key)
+
+
+def count_stage_runs(near: Toy) -> int:
+    """Stages that the workers of pools cpu and gpu were given."""
+    with client(near) as api:
+        return len(api.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["stage"]))))
 
 
 def kill_the_generator_when_training(far: Toy, key: str) -> None:
@@ -129,7 +139,7 @@ def make_site(folder: Path) -> Iterator[tuple[Toy, Toy]]:
 
 
 def make_repository(folder: Path) -> None:
-    """This project with tiny settings, as a bare git repository."""
+    """This project with tiny settings, as a bare git repository; the base model is in the DVC remote alone."""
     seed = folder / "seed"
     for name in ("stages", "flows", "inputs"):
         shutil.copytree(ROOT / name, seed / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -137,7 +147,11 @@ def make_repository(folder: Path) -> None:
         shutil.copy(ROOT / name, seed / name)
     save_tiny_model(seed / "inputs/model/tiny", head_dim=32)
     project = Project(seed)
-    for command in (["git", "init", "-q", "-b", "main"], [sys.executable, "-m", "dvc", "init", "-q"]):
+    dvc = [sys.executable, "-m", "dvc"]
+    for command in (
+        *(["git", "init", "-q", "-b", "main"], [*dvc, "init", "-q"], [*dvc, "add", "-q", "inputs/model/tiny"]),
+        *([*dvc, "remote", "add", "--local", "--default", "shared", folder / "dvc-remote"], [*dvc, "push", "-q"]),
+    ):
         subprocess.run(command, cwd=seed, check=True, timeout=60)
     project.edit(SETTINGS)
     identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]

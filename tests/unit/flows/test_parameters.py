@@ -83,8 +83,6 @@ def test_an_override_below_a_value_is_refused(folder: Path) -> None:
         ({"overrides": {"seed": 1}}, "overrides"),
         ({"stages": ["train_stf"]}, "stages"),
         ({"stages": []}, "stages"),
-        ({"placement": {"stages": {"train_sft": "tpu"}}}, "placement"),
-        ({"placement": {"generators": 1}}, "placement"),
         ({"recipe": "../x"}, "recipe"),
         ({"seed": 1}, "seed"),
     ],
@@ -94,6 +92,15 @@ def test_a_wrong_parameter_is_refused_by_the_name_of_its_field(parameters: dict[
         RunParameters.model_validate(parameters)
 
     assert caught.value.errors()[0]["loc"][0] == field
+
+
+def test_a_placement_names_pools_that_there_are_and_a_folder_for_weights() -> None:
+    for wrong, message in (
+        ({"stages": {"train_sft": "tpu"}}, "'here', 'cpu' or 'gpu'"),
+        ({"generators": 1}, "weights_dir"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            Placement.model_validate(wrong)
 
 
 def test_a_run_is_local_while_no_stage_and_no_generator_is_elsewhere() -> None:

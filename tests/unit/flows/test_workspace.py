@@ -9,11 +9,12 @@ import pytest
 from flows import sweep
 from flows import workspace as workspaces
 from flows.clones import list_changes
-from flows.commands import git
+from flows.commands import git, run_dvc
 from flows.parameters import RunParameters
 from flows.workspace import (
     adopt,
     choose_repository,
+    choose_source,
     is_begun,
     open_workspace,
     prepare_settings,
@@ -111,6 +112,27 @@ def test_a_run_of_several_workers_needs_an_address_that_all_reach(toy: Toy) -> N
         choose_repository(None, is_local=False)
 
 
+def test_the_head_of_a_run_on_several_workers_is_the_checkouts_own(toy: Toy) -> None:
+    origin = git(toy.project, "remote", "get-url", "origin")
+    git(toy.project, "commit", "-q", "--allow-empty", "-m", "later")
+
+    assert choose_source(None, "HEAD", is_local=False) == (origin, head(toy))
+    assert choose_source(origin, "HEAD", is_local=False)[1] != head(toy)
+
+
+def test_inputs_that_dvc_holds_are_restored_in_the_clone(toy: Toy) -> None:
+    (toy.project / "inputs").mkdir()
+    (toy.project / "inputs/pairs.jsonl").write_text("{}")
+    run_dvc(toy.project, "add", "--quiet", "inputs/pairs.jsonl")
+    git(toy.project, "add", "inputs")
+    git(toy.project, "commit", "-q", "-m", "pairs")
+
+    with open_workspace("key", str(toy.project), head(toy)) as workspace:
+        assert not (workspace.path / "inputs/pairs.jsonl").exists()
+        workspace.restore_inputs(pull=False)
+        assert (workspace.path / "inputs/pairs.jsonl").read_text() == "{}"
+
+
 def test_a_revision_that_is_not_there_is_named(toy: Toy) -> None:
     with pytest.raises(SettingError, match="revision='no-such'"):
         resolve_revision(str(toy.project), "no-such")
@@ -190,12 +212,12 @@ def test_two_clones_of_a_run_are_not_made_in_one_place(toy: Toy) -> None:
 
 def test_a_sweep_that_is_started_again_keeps_its_commit(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "run_key", lambda: "sweep-1")
-    first = sweep.pin(RunParameters())
+    first = sweep.pin(RunParameters(), sweep.LOCAL)
     assert first == {"repository": str(toy.project.resolve()), "revision": head(toy)}
 
     (toy.project / "stage.py").write_text("# another program\n")
-    assert sweep.pin(RunParameters()) == first
+    assert sweep.pin(RunParameters(), sweep.LOCAL) == first
     git(toy.project, "commit", "-q", "-a", "-m", "later")
-    assert sweep.pin(RunParameters()) == first
+    assert sweep.pin(RunParameters(), sweep.LOCAL) == first
     monkeypatch.setattr(sweep, "run_key", lambda: "sweep-2")
-    assert sweep.pin(RunParameters())["revision"] == head(toy)
+    assert sweep.pin(RunParameters(), sweep.LOCAL)["revision"] == head(toy)
