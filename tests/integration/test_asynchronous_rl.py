@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.common.errors import InputError
+from stages.common.errors import InputError, RunError
 from stages.generation.protocol import SamplingPlan, WeightsUpdate, generate
 from stages.generation.requests import make_requests
 from stages.generation.start import ignore_span
@@ -28,12 +29,16 @@ from stages.rl.algorithms.online_dpo import OnlineDpo
 from stages.rl.config import RlConfig
 from stages.rl.ledger.checks.run import check_ledger
 from stages.rl.ledger.reader import read_ledger
+from stages.rl.mini_batch import Sampled
 from stages.rl.prompts import PromptStream
 from stages.rl.records import Totals
 from stages.rl.rollouts import Budget, Lookups, Reference, build_micro_batches, build_rollout, compute_loss, split_units
+from stages.rl.sampling import Sampling
 from stages.rl.scorer import resolve_missing_eos_score, score_completions
+from stages.rl.validation import Evaluation
 from stages.scoring.reward import RewardScorer, read_sft_range
 from tests import tiny_rl
+from tests.processes import watched
 
 TIMEOUT_S = 120
 PPO = {
@@ -156,26 +161,18 @@ KILLED_AFTER = (2, 6, 10, 14, 19)
 """Updates; with four settings that is 20 kills."""
 
 
-def start(directory: Path, settings: dict[str, Any]) -> "subprocess.Popen[str]":
+def start(directory: Path, settings: dict[str, Any]) -> AbstractContextManager["subprocess.Popen[str]"]:
     command = [sys.executable, "-m", "tests.tiny_rl", str(directory), json.dumps(settings)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    return watched(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout_s=TIMEOUT_S, stderr=subprocess.PIPE)
 
 
 def wait_for_update(process: "subprocess.Popen[str]", number: int) -> None:
     """Return once the run says that it made this update."""
     assert process.stderr is not None
-    deadline = time.monotonic() + TIMEOUT_S
     for line in process.stderr:
-        assert time.monotonic() < deadline
         if f"update={number}/" in line:
             return
     raise AssertionError(f"ended with {process.wait()} before update {number}")
-
-
-def finish(process: "subprocess.Popen[str]") -> int:
-    process.communicate(timeout=TIMEOUT_S)
-    return process.returncode
 
 
 @pytest.mark.parametrize(
@@ -200,11 +197,9 @@ def test_a_run_killed_at_random_instants_ends_with_the_weights_of_one_that_never
     draws = random.Random(5)
 
     for update in KILLED_AFTER:
-        process = start(killed, LONG | settings)
-        wait_for_update(process, update)
-        time.sleep(draws.uniform(0, 0.1))  # anywhere in the next updates
-        process.kill()
-        finish(process)
+        with start(killed, LONG | settings) as process:
+            wait_for_update(process, update)
+            time.sleep(draws.uniform(0, 0.1))  # anywhere in the next updates
     tiny_rl.run(killed, **LONG, **settings)
 
     assert read_kept(killed) == [16, 24]
@@ -221,16 +216,46 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_of_its_last_update(
     # Most of its time is waiting for an evaluation: there the signal finds it.
     settings = LONG | {"max_staleness": 1, "checkpoint_every": 1000, "eval_every": 1}
     directory = copy_inputs(inputs, tmp_path / "run")
-    process = start(directory, settings)
-    wait_for_update(process, 5)
+    with start(directory, settings) as process:
+        wait_for_update(process, 5)
+        process.send_signal(number)
+        process.communicate()
 
-    process.send_signal(number)
-
-    assert finish(process) == code
+    assert process.returncode == code
     state = json.loads((directory / "work/checkpoint/state.json").read_text())
     assert state["sampling"]["num_consumed"] >= 5 * 3
     updates = [recorded.update for recorded in read_ledger(directory / "work/ledger").updates()]
     assert tiny_rl.read_steps(directory) == [0, *(update + 1 for update in updates)]
+
+    tiny_rl.run(directory, **settings)
+
+    # The evaluation that was waited for is made up for: each version once.
+    assert list(read_evaluations(directory)) == list(range(25))
+    assert tiny_rl.read_steps(directory)[-1] == 24
+
+
+def test_an_evaluation_that_a_stop_interrupted_is_made_up_for(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = copy_inputs(inputs, tmp_path / "whole"), copy_inputs(inputs, tmp_path / "stopped")
+    take_evaluation, stops = Sampling.take_evaluation, [3, 6]
+
+    def take_interrupted(self: Sampling, num_prompts: int, update: int) -> list[Sampled]:
+        if update in stops:
+            stops.remove(update)
+            signal.raise_signal(signal.SIGTERM)
+        return take_evaluation(self, num_prompts, update)
+
+    tiny_rl.run(whole, max_staleness=1)
+    monkeypatch.setattr(Sampling, "take_evaluation", take_interrupted)
+    for _ in range(2):  # amid the run and at its end
+        with pytest.raises(SystemExit):
+            tiny_rl.run(stopped, max_staleness=1)
+    tiny_rl.run(stopped, max_staleness=1)
+
+    assert read_evaluations(stopped) == read_evaluations(whole)
+    for name in ("policy", "policy_last"):
+        assert tiny_rl.hash_policy(stopped, name) == tiny_rl.hash_policy(whole, name)
 
 
 def test_a_run_stopped_amid_a_rollout_replaces_what_gave_no_signal_as_one_that_never_was(
@@ -257,6 +282,70 @@ def test_a_run_stopped_amid_a_rollout_replaces_what_gave_no_signal_as_one_that_n
     assert tiny_rl.hash_policy(stopped) == tiny_rl.hash_policy(whole)
     for run in (whole, stopped):
         assert [line for check in check_ledger(run / "out/ledger") for line in check.violations] == []
+
+
+def test_the_policy_is_the_version_of_highest_score_within_the_limit_of_kl(inputs: Path, tmp_path: Path) -> None:
+    # Trained so hard that scores and KL go up and down.
+    settings = {"num_updates": 8, "eval_every": 1, "learner": tiny_rl.SETTINGS["learner"] | {"lr": 0.01}}
+    free, bound = copy_inputs(inputs, tmp_path / "free"), copy_inputs(inputs, tmp_path / "bound")
+
+    tiny_rl.run(free, **settings)
+    found = read_evaluations(free)
+    best = max(found, key=lambda version: found[version].score)
+    limit = found[best].kl_nats * 0.9
+    tiny_rl.run(bound, **settings, max_kl_nats=limit)
+
+    assert found[best].kl_nats > 0
+    assert read_version(free) == best
+    assert read_evaluations(bound) == found
+    within = [version for version in found if found[version].kl_nats <= limit]
+    assert read_version(bound) == max(within, key=lambda version: found[version].score) != best
+
+
+def read_version(directory: Path) -> int:
+    """Version of the published policy."""
+    version: int = json.loads((directory / "out/policy/version.json").read_text())["policy_version"]
+    return version
+
+
+def read_evaluations(directory: Path) -> dict[int, Evaluation]:
+    """By version, as the published ledger has them; each once."""
+    events = [event for event in read_ledger(directory / "out/ledger").events if event.kind == "evaluated"]
+    found = {event.policy_version: Evaluation.from_json(str(event.detail)) for event in events}
+    assert len(found) == len(events)
+    return found  # type: ignore[return-value]
+
+
+def test_a_generator_that_does_not_sample_by_the_published_weights_ends_the_run(inputs: Path, tmp_path: Path) -> None:
+    directory = copy_inputs(inputs, tmp_path / "run")
+
+    with pytest.raises(RunError, match=r"above rl\.max_logprob_gap=1e-12: it does not sample from the"):
+        tiny_rl.run(directory, max_logprob_gap=1e-12)
+
+
+def test_a_reward_that_tells_nothing_apart_ends_the_run(
+    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = copy_inputs(inputs, tmp_path / "run")
+    weights = load_file(directory / "reward/model.safetensors")
+    weights["score.weight"] *= 0
+    save_file(weights, directory / "reward/model.safetensors", metadata={"format": "pt"})
+    # Nearly greedy: of a prompt all completions end, or none.
+    generation = tiny_rl.GENERATION.model_copy(update={"max_new_tokens": 1, "temperature": 0.01})
+
+    with pytest.raises(RunError, match="10 mini-batches in a row gave nothing to learn from"):
+        tiny_rl.run(directory, generation)
+
+    assert caplog.text.count("nothing to learn from these prompts") == 10
+
+
+def test_a_ledger_that_is_not_complete_is_not_replayed(inputs: Path, tmp_path: Path) -> None:
+    directory = copy_inputs(inputs, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        tiny_rl.run(directory, stop_after=4)
+
+    with pytest.raises(InputError, match=r"holds 4 of rl\.num_updates=6 updates"):
+        tiny_rl.run(copy_inputs(inputs, tmp_path / "replay"), replay_from=str(directory / "work/ledger"))
 
 
 def test_a_ledger_of_other_settings_is_neither_resumed_nor_replayed(inputs: Path, tmp_path: Path) -> None:

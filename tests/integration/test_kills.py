@@ -1,7 +1,5 @@
 """`make run`'s process killed once in every stage: the next run goes on, and finished stages are not repeated."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ import pytest
 
 from flows.parameters import STAGES
 from tests.integration.conftest import Project, make_project
+from tests.processes import watched
 
 WAIT_S = 120
 
@@ -19,21 +18,18 @@ WAIT_S = 120
 def start_and_kill(project: Project, stage: str) -> list[str]:
     """Start the pipeline, SIGKILL its process in `stage`, wait until all it started is gone; stages begun."""
     log = project.path / "run.log"
-    with log.open("w") as file:
-        runner = subprocess.Popen(
-            [sys.executable, "-m", "flows.dvc"],
-            cwd=project.path,
-            env=project.environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+    command = [sys.executable, "-m", "flows.dvc"]
     deadline = time.monotonic() + WAIT_S
-    while f"python -m stages.{stage}" not in running_commands(project):
-        assert time.monotonic() < deadline, f"{stage} did not start:\n{log.read_text()[-2000:]}"
-        assert runner.poll() is None, f"the run ended before {stage}:\n{log.read_text()[-2000:]}"
-        time.sleep(0.05)
-    os.kill(runner.pid, signal.SIGKILL)
-    runner.wait(timeout=WAIT_S)
+    with (
+        log.open("w") as file,
+        watched(
+            command, cwd=project.path, env=project.environment, timeout_s=WAIT_S, stdout=file, stderr=subprocess.STDOUT
+        ) as runner,
+    ):
+        while f"python -m stages.{stage}" not in running_commands(project):
+            assert time.monotonic() < deadline, f"{stage} did not start:\n{log.read_text()[-2000:]}"
+            assert runner.poll() is None, f"the run ended before {stage}:\n{log.read_text()[-2000:]}"
+            time.sleep(0.05)
     while running_commands(project):
         assert time.monotonic() < deadline, f"left behind: {running_commands(project)}"
         time.sleep(0.05)

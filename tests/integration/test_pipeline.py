@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.integration.conftest import TIMEOUT_S, Project
+from tests.processes import watched
 
 
 def ran_stages(output: str) -> list[str]:
@@ -126,19 +125,16 @@ def test_a_stage_killed_half_way_resumes_to_the_very_same_weights(
     expected = hash_weights(copy_of_finished.path / "artifacts" / artifact)
     checkpoint = copy_of_finished.path / ".slipstream/work" / stage
 
-    started = subprocess.Popen(
+    with watched(
         [sys.executable, "-m", f"stages.{stage}"],
         cwd=copy_of_finished.path,
         env=copy_of_finished.environment,
+        timeout_s=120,
         stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not any(checkpoint.glob("*/checkpoint/complete")):
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        assert started.poll() is None, "the stage ended before it could be killed"
-        time.sleep(0.01)
-    os.kill(started.pid, signal.SIGKILL)
-    started.wait(timeout=10)
+    ) as started:
+        while not any(checkpoint.glob("*/checkpoint/complete")):
+            assert started.poll() is None, "the stage ended, or was ended for its silence, before it could be killed"
+            time.sleep(0.01)
     assert hash_weights(copy_of_finished.path / "artifacts" / artifact) == expected  # the earlier artifact is whole
 
     output = copy_of_finished.run(f"stages.{stage}").stderr

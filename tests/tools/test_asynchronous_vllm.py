@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from stages.rl.ledger.checks.run import check_ledger
 from stages.rl.ledger.reader import read_ledger
 from tests import tiny_rl
+from tests.processes import watched
 
 ROOT = Path(__file__).parents[2]
 SHM = Path("/dev/shm")
@@ -25,14 +27,14 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 2,
     "eval_every": 5,
     "weight_update": "in_flight",
-    "generation": {"engine": "vllm", "max_new_tokens": 24, "kv_cache_gib": 1},
+    "generation": {"engine": "vllm", "max_new_tokens": 200, "kv_cache_gib": 1},
 }
 
 
-def start(directory: Path, settings: dict[str, Any]) -> "subprocess.Popen[str]":
+def start(directory: Path, settings: dict[str, Any]) -> AbstractContextManager["subprocess.Popen[str]"]:
     command = [sys.executable, "-m", "tests.tiny_rl", str(directory), json.dumps(settings)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    return watched(command, cwd=ROOT, env=env, timeout_s=TIMEOUT_S, stderr=subprocess.PIPE)
 
 
 def wait_for_line(process: "subprocess.Popen[str]", words: str) -> None:
@@ -59,14 +61,12 @@ def test_a_killed_run_resumes_keeps_its_bound_and_replays_to_its_weights_twice(t
     directory.mkdir()
     tiny_rl.make_inputs(directory, head_dim=32)
 
-    killed = start(directory, SETTINGS)
-    wait_for_line(killed, "update=5/")
-    children = [child.pid for child in psutil.Process(killed.pid).children(recursive=True)]
-    killed.kill()
-    killed.communicate(timeout=TIMEOUT_S)
+    with start(directory, SETTINGS) as killed:
+        wait_for_line(killed, "update=5/")
+        children = [child.pid for child in psutil.Process(killed.pid).children(recursive=True)]
     wait_until_gone(children)
-    resumed = start(directory, SETTINGS)
-    _, errors = resumed.communicate(timeout=TIMEOUT_S)
+    with start(directory, SETTINGS) as resumed:
+        _, errors = resumed.communicate()
 
     assert resumed.returncode == 0, errors[-3000:]
     assert "resumed policy_version=4" in errors
@@ -75,6 +75,8 @@ def test_a_killed_run_resumes_keeps_its_bound_and_replays_to_its_weights_twice(t
     recorded = read_ledger(ledger)
     assert [update.update for update in recorded.updates()] == list(range(10))
     assert {row.staleness for update in recorded.updates() for row in update.rows} <= {0, 1, 2}
+    # Swapped in the middle of completions, as a server that drains never is.
+    assert any(len(sample.versions) > 1 for sample in recorded.samples())
     for number in range(2):
         again = tmp_path / f"replay-{number}"
         for name in ("data", "sft", "reward"):

@@ -419,6 +419,18 @@ def test_three_unusable_answers_in_a_row_have_the_server_brought_up_anew(
     assert server.told("load") == ["load base"] * 2
 
 
+def test_answers_between_forgive_unusable_ones_of_a_server_and_of_a_prompt(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    with start_fleet([server], tmp_path, max_attempts=3) as fleet:
+        for _ in range(2):  # the same prompt again, as in evaluations
+            server.script((0, 1), *[scripted.too_few_completions] * 2)
+            fleet.submit(make_ticket(0))
+            assert [event.reason for event in lost(finish(fleet, 1))] == ["unusable_answer"] * 2
+
+    assert server.told("load") == ["load base"]  # four in all, never three in a row
+
+
 def test_a_call_after_the_end_says_why_it_ended(server: ScriptedServer, tmp_path: Path) -> None:
     server.otherwise = scripted.too_few_completions
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,26 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
 
     for name, value in whole.items():
         torch.testing.assert_close(split[name], value, atol=2e-5, rtol=1e-4)
+
+
+def test_updates_are_those_of_adamw_with_the_schedules_rates_and_decay_of_matrices(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"weight_decay": 0.1, "max_grad_norm": 1e9})
+    model = tiny_llama()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.1)
+    for rate in (1e-2, 5e-3):  # linear, of two updates
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        negative_logprob(model, collate(SEQUENCES))[0].backward()
+        optimizer.step()
+
+    found = train(Learner(tiny_llama(), config, 2, tmp_path), updates=2)
+
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.detach(), atol=2e-6, rtol=1e-5)
 
 
 def test_a_resumed_run_equals_one_that_never_stopped_bit_for_bit(tmp_path: Path) -> None:

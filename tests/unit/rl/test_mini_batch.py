@@ -3,24 +3,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from stages.common.errors import InputError, RunError
 from stages.data.records import Completion
 from stages.generation.protocol import Request, SamplingPlan, Ticket
+from stages.models.reward_model import init_reward_model
 from stages.rl.algorithms.online_dpo import OnlineDpo
 from stages.rl.algorithms.protocol import Algorithm
 from stages.rl.ledger.reader import LedgerReader, RecordedUpdate, read_ledger
 from stages.rl.ledger.schema import LedgerHeader
 from stages.rl.ledger.writer import Ledger
 from stages.rl.mini_batch import MiniBatch, Preparation, Sampled, rebuild_mini_batch
-from stages.rl.rollouts import Reference
+from stages.rl.rollouts import Reference, compute_loss
 from stages.rl.scoring import ScoredGroup
+from stages.rl.value import ValueModel, compute_values
 from tests.fakes import FakeScorer, make_completion
-from tests.tiny import tiny_llama
+from tests.tiny import save_tiny_model, tiny_llama
 from tests.unit.rl.algorithms.cases import make
 
 SCORES = [0.0, 3.0, 1.0, 5.0, 5.0, 5.0]
 """Of two prompts with three samples each; the second has nothing to learn from."""
+DIFFERENT = [0.0, 3.0, 1.0, 2.0, -1.0, 0.5]
+"""Of the same, each with something to learn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +62,8 @@ def make_preparation(algorithm: Algorithm) -> Preparation:
     )
 
 
-def prepare(preparation: Preparation, sampled: list[Sampled]) -> MiniBatch:
-    mini_batch = preparation.prepare(sampled, SCORES, (3, 1, 1))
+def prepare(preparation: Preparation, sampled: list[Sampled], scores: list[float] = SCORES) -> MiniBatch:
+    mini_batch = preparation.prepare(sampled, scores, (3, 1, 1))
     assert mini_batch is not None
     return mini_batch
 
@@ -135,6 +141,39 @@ def test_without_a_reference_all_that_is_trained_on_must_bring_its_logprobs() ->
 
 def test_equal_scores_everywhere_give_no_mini_batch() -> None:
     assert make_preparation(DPO).prepare([make_sampled(4), make_sampled(5)], [2.0] * 6, (0, 0, 0)) is None
+
+
+@pytest.mark.parametrize("name", ["online_dpo", "rloo", "grpo", "ppo"])
+def test_how_a_mini_batch_is_cut_changes_neither_loss_nor_gradient(tmp_path: Path, name: str) -> None:
+    critic = init_reward_model(save_tiny_model(tmp_path / "sft"), torch.float32, seed=3)
+    preparation = replace(make_preparation(make(name, samples_per_prompt=3)), value=ValueModel(critic, "fp32"))
+
+    whole = prepare(replace(preparation, max_tokens=10_000), [make_sampled(4), make_sampled(5)], DIFFERENT)
+    cut = prepare(replace(preparation, max_tokens=8), [make_sampled(4), make_sampled(5)], DIFFERENT)
+
+    assert (len(whole.micro_batches), len(cut.micro_batches)) == ((1, 2) if name == "online_dpo" else (1, 4))
+    num_tokens = {"online_dpo": 2 * (1 + 3), "rloo": 12, "grpo": 12, "ppo": 12}[name]
+    assert whole.totals.num_tokens == cut.totals.num_tokens == num_tokens
+    for expected, found in zip(
+        compute_gradients(preparation, whole, critic), compute_gradients(preparation, cut, critic), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def compute_gradients(preparation: Preparation, mini_batch: MiniBatch, critic: PreTrainedModel) -> list[Tensor]:
+    """Of the policy's first matrix, and of the value model's if there is one."""
+    algorithm, policy = preparation.algorithm, tiny_llama(1)
+    for micro_batch in mini_batch.micro_batches:
+        loss, _ = compute_loss(
+            policy, micro_batch, algorithm=algorithm, totals=mini_batch.totals, reference=preparation.learner
+        )
+        loss.backward()
+        if algorithm.value_model is not None:
+            values = compute_values(critic, micro_batch.sequences)
+            algorithm.value_model.compute_loss(values, micro_batch.inputs, mini_batch.totals)[0].backward()
+    found = [next(model.parameters()).grad for model in (policy, critic)]
+    critic.zero_grad()
+    return [gradient for gradient in found if gradient is not None]
 
 
 def record(path: Path, sampled: list[Sampled], mini_batch: MiniBatch) -> tuple[RecordedUpdate, LedgerReader]:

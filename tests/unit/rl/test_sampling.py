@@ -2,15 +2,16 @@
 
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from stages.common.errors import RunError
-from stages.generation.protocol import Event, Finished, Lost, Request, SamplingPlan
+from stages.generation.protocol import Event, Finished, Lost, Request, SamplingPlan, WeightsUpdate
 from stages.rl.inbox import Arrival, Inbox
-from stages.rl.ledger.reader import read_groups
+from stages.rl.ledger.reader import read_groups, read_ledger
 from stages.rl.ledger.schema import LedgerHeader
 from stages.rl.ledger.writer import Ledger
 from stages.rl.mini_batch import Sampled
@@ -109,6 +110,60 @@ def test_losses_without_end_are_no_sign_of_life(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match=r"nothing came from the generator or from scoring for rl\.stall_timeout_s=0 "):
         sampling.take(0)
+
+
+class Lagging(SlowScoring):
+    """An inbox of a generator that answers ticket 2 at first by the weights of version 0, whatever is published."""
+
+    def wait(self, timeout_s: float) -> list[Arrival]:
+        arrivals = super().wait(timeout_s)
+        return [self._age(item) if isinstance(item, Sampled) else item for item in arrivals]
+
+    def _age(self, sampled: Sampled) -> Sampled:
+        if (sampled.ticket.number, sampled.ticket.attempt) != (2, 0):
+            return sampled
+        group = tuple(replace(item, first_policy_version=0, last_policy_version=0) for item in sampled.group)
+        return replace(sampled, group=group)
+
+
+def test_a_group_that_comes_too_old_is_dropped_and_its_prompt_sampled_again(tmp_path: Path) -> None:
+    sampling, inbox, ledger = make_sampling(tmp_path, Lagging)
+    sampling.request()
+    inbox.num_scored = 3
+    sampling.take(0)
+    sampling.publish(WeightsUpdate(1, tmp_path))
+    sampling.request()
+
+    taken = sampling.take(1)
+
+    assert [(item.ticket.number, item.ticket.attempt, item.policy_version) for item in taken] == [(2, 1, 1), (3, 0, 1)]
+    assert [(item.number, item.attempt) for item in inbox.generator.submitted[2:]] == [(2, 0), (3, 0), (2, 1)]
+    ledger.flush()
+    events = [event for event in read_ledger(tmp_path).events if event.kind == "dropped"]
+    assert [(event.ticket, event.attempt, event.reason) for event in events] == [(2, 0, "stale")]
+    assert sampling.dropped == {"stale": 1}
+
+
+class LosingOnce(SlowScoring):
+    """An inbox of a generator that loses the first prompt once, and then keeps still."""
+
+    has_lost = False
+
+    def wait(self, timeout_s: float) -> list[Arrival]:
+        time.sleep(min(timeout_s, 0.01))
+        lost = [] if self.has_lost else [Lost(self.generator.submitted[0], "replica_lost", "")]
+        self.has_lost = True
+        return [*lost]
+
+
+def test_after_a_loss_a_checkpoint_asks_for_the_next_attempt(tmp_path: Path) -> None:
+    sampling, _, _ = make_sampling(tmp_path, LosingOnce, stall_timeout_s=0.05)
+    sampling.request()
+
+    with pytest.raises(RunError, match="nothing came"):
+        sampling.take(0)
+
+    assert sampling.state()["waiting"] == {0: 1, 1: 0}
 
 
 class Broken(FakeGenerator):
