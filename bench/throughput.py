@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
-    parser.add_argument("--zero-stage", type=int, default=2, choices=[0, 1, 2, 3], help="of ours")
+    parser.add_argument("--zero-stage", default="auto", choices=["auto", "0", "1", "2", "3"], help="of ours")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--arms", type=int, nargs="+", default=list(range(len(ARMS))), help="by their place")
     parser.add_argument("--layers", help="in place of 12, for smaller models")
@@ -185,7 +185,7 @@ def make_ours(
         max_grad_norm=CLIP,
         trainable_layers=arm.layers if arm.layers == "all" else int(arm.layers),
         dtype=options.dtype,
-        zero_stage=options.zero_stage,
+        zero_stage="auto" if options.zero_stage == "auto" else int(options.zero_stage),
         micro_batch_tokens=options.micro_batch_tokens,
     )
     learner = Learner(load_trained_policy(options.model, config, "--layers"), config, 10_000, folder)

@@ -46,9 +46,10 @@ class LearnerConfig(Section):
     num_ranks: PositiveInt = 1
     """Processes that train together, each on a GPU or on its share of the CPU cores; see docs/learner.md. Results
     differ by rounding only."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage: what ranks share out instead of each holding it whole. 1: optimizer state, 2: gradients
-    too, 3: weights too. All are the same maths."""
+    too, 3: weights too. All are the same maths. auto: 2, but for one rank, which has nobody to share with, 0; a run
+    that goes on with another number of ranks keeps the one it began with."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """cpu: the optimizer state is kept, and weights are updated, in main memory."""
     offload_parameters: Literal["none", "cpu"] = "none"
@@ -65,11 +66,18 @@ class LearnerConfig(Section):
     lora: LoraConfig | None = None
     """Train low-rank adapters in place of the weights; exported models have them merged in."""
 
+    @property
+    def stage(self) -> int:
+        """`zero_stage` as a number, of a run that begins."""
+        if self.zero_stage != "auto":
+            return self.zero_stage
+        return 0 if self.num_ranks == 1 and self.offload_optimizer == "none" else 2
+
     @model_validator(mode="after")
     def check_offloading(self) -> Self:
         """What is not shared out cannot be moved out either."""
         for name, least in (("offload_optimizer", 2), ("offload_parameters", 3)):
-            if getattr(self, name) != "none" and self.zero_stage < least:
+            if getattr(self, name) != "none" and self.stage < least:
                 allowed = "3" if least == 3 else "2 and 3"
                 raise ValueError(
                     f"learner.{name}='cpu' with learner.zero_stage={self.zero_stage}: it works with stage {allowed}; "

@@ -55,7 +55,7 @@ class Learner:
         # On a CPU the fused step is much faster and makes no temporaries.
         fused = True if select_device().type == "cpu" or config.offload_optimizer == "cpu" else None
         optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr, fused=fused)
-        self._clip = _Clip(optimizer, config.max_grad_norm) if config.zero_stage == 0 else None
+        self._clip = _Clip(optimizer, config.max_grad_norm) if config.stage == 0 else None
         self._engine = _start_engine(model, optimizer, config)
 
     @property
@@ -113,7 +113,7 @@ class Learner:
         return metrics
 
     def _accumulate(self, micro_batch: BatchT, loss_function: LossFunction[BatchT], share: float) -> dict[str, Mean]:
-        if self._config.zero_stage == 3:
+        if self._config.stage == 3:
             # Its gradients start anew with each backward pass unless the engine hears of a forward pass in between.
             self._engine.optimizer.clear_backward_seen_flag()
         with self.autocast():
@@ -231,8 +231,8 @@ def _start_engine(model: PreTrainedModel, optimizer: torch.optim.Optimizer, conf
     import deepspeed
 
     join_alone()
-    zero: dict[str, Any] = {"stage": config.zero_stage, "stage3_param_persistence_threshold": WHOLE_BELOW}
-    if config.zero_stage == 3:
+    zero: dict[str, Any] = {"stage": config.stage, "stage3_param_persistence_threshold": WHOLE_BELOW}
+    if config.stage == 3:
         # Its buffer is held from update to update, at the default size 2 GB.
         zero["reduce_bucket_size"] = BUCKET
     if config.offload_optimizer == "cpu":
@@ -244,7 +244,7 @@ def _start_engine(model: PreTrainedModel, optimizer: torch.optim.Optimizer, conf
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,
+        "gradient_clipping": config.max_grad_norm if config.stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # DeepSpeed's own Adam for the CPU would have to be built first, with a compiler.
@@ -252,6 +252,9 @@ def _start_engine(model: PreTrainedModel, optimizer: torch.optim.Optimizer, conf
         "steps_per_print": None,
     }
     engine, *_ = deepspeed.initialize(model=move(model, select_device()), optimizer=optimizer, config=settings)
+    if engine.world_size == 1 and config.stage == 0:
+        # Else all gradients are copied into one tensor and back, to be averaged with nobody's.
+        engine.enable_backward_allreduce = False
     return engine
 
 

@@ -19,7 +19,7 @@ def load_frozen_policy(path: Path, config: LearnerConfig) -> PreTrainedModel:
         path: model directory.
         config: of the learner; with `zero_stage: 3` every rank calls this, and computes with the model together.
     """
-    if config.zero_stage < 3:
+    if config.stage < 3:
         return load_frozen(path, config.dtype)
     model = load_policy(path, torch.float32)
     freeze(model)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from stages.common.errors import InputError, RunError
+from stages.learner.checkpoint import find_checkpoint
 from stages.learner.config import LearnerConfig
 
 NATIVE = "learner"
@@ -26,6 +27,18 @@ logger = logging.getLogger(__name__)
 def write_layout(directory: Path, config: LearnerConfig) -> None:
     """Say in a checkpoint's directory how it is shared out."""
     (directory / _FILE).write_text(json.dumps(_describe(config)))
+
+
+def settle_stage(config: LearnerConfig, workdir: Path) -> LearnerConfig:
+    """The settings with the stage of the checkpoint that the run goes on from, where they leave the stage open.
+
+    Any number of ranks loads what stage 0 has saved, and what the others have, if it is their own stage.
+    """
+    found = find_checkpoint(workdir)
+    if config.zero_stage != "auto" or found is None:
+        return config
+    stage = json.loads((found[0] / _FILE).read_text())["zero_stage"]
+    return config.model_copy(update={"zero_stage": stage})
 
 
 def prepare_load(directory: Path, config: LearnerConfig) -> str:
@@ -45,7 +58,7 @@ def prepare_load(directory: Path, config: LearnerConfig) -> str:
                 f"{directory}: was saved with learner.{name}={saved[name]!r}, the run has {ours[name]!r}; set it back, "
                 "or remove the work directory to start afresh"
             )
-    if saved["num_ranks"] == ours["num_ranks"] or config.zero_stage == 0:
+    if saved["num_ranks"] == ours["num_ranks"] or ours["zero_stage"] == 0:
         return NATIVE
     logger.info("converting the checkpoint of %d ranks for %d", saved["num_ranks"], ours["num_ranks"])
     _convert(directory)
@@ -53,8 +66,8 @@ def prepare_load(directory: Path, config: LearnerConfig) -> str:
 
 
 def _describe(config: LearnerConfig) -> dict[str, object]:
-    described: dict[str, object] = config.model_dump(mode="json", include={"num_ranks", "zero_stage", "lora"})
-    return described
+    described: dict[str, object] = config.model_dump(mode="json", include={"num_ranks", "lora"})
+    return described | {"zero_stage": config.stage}
 
 
 def _convert(directory: Path) -> None:

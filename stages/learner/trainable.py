@@ -63,7 +63,7 @@ def count_shared_blocks(config: LearnerConfig, *models: PreTrainedModel) -> int:
     None where blocks are shared out, compiled, or computed again for gradients; nor with several ranks, among which
     the states would have to travel.
     """
-    is_plain = config.num_ranks == 1 and config.zero_stage < 3 and not (config.compile or config.gradient_checkpointing)
+    is_plain = config.num_ranks == 1 and config.stage < 3 and not (config.compile or config.gradient_checkpointing)
     return count_trunk(*models) if is_plain else 0
 
 

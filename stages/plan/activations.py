@@ -76,7 +76,7 @@ def count_casts(trained: Trained, config: LearnerConfig) -> float:
     An embedding table is read by row, so nothing casts it. At ZeRO stage 3 DeepSpeed's own linear layer keeps the
     weight's place in its stead (`memory_efficient_linear`).
     """
-    if config.dtype == "fp32" or config.zero_stage == 3:
+    if config.dtype == "fp32" or config.stage == 3:
         return 0.0
     return float(SIZES["bf16"] * (trained.num_in_blocks + trained.num_adapters))
 
@@ -85,7 +85,7 @@ def _count_trained_block(trained: Trained, batch: Batch, config: LearnerConfig, 
     """`count_block` of a block as this learner trains it."""
     architecture = trained.architecture
     block = count_block(architecture, batch, config.dtype, is_gpu=is_gpu)
-    if config.zero_stage == 3:
+    if config.stage == 3:
         # DeepSpeed's linear layer keeps its input as it comes: one float32 tensor for all matrices that read it.
         block += 2 * FLOAT32 * architecture.hidden_size - _count_inputs(architecture, config.dtype)
     if trained.lora is not None:

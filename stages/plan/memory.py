@@ -68,7 +68,7 @@ def count_trained_model(trained: Trained, batch: Batch, config: LearnerConfig, *
 
 def count_weights(trained: Trained, config: LearnerConfig) -> float:
     """4P; at stage 3 a rank's share, and whole those too small to be worth sharing."""
-    if config.zero_stage < 3:
+    if config.stage < 3:
         return FLOAT32 * trained.num_parameters
     whole = _count_whole(trained) if config.num_ranks > 1 else 0
     return FLOAT32 * (trained.num_parameters / config.num_ranks + whole)
@@ -80,10 +80,10 @@ def count_optimizer(trained: Trained, config: LearnerConfig) -> float:
     AdamW's moments, 8T; at stages 1 to 3 a rank's share of them and of the second copy of trained weights, 12T/n; at
     stage 3 its share of the gradients and their bucket besides.
     """
-    if config.zero_stage == 0:
+    if config.stage == 0:
         return FLOAT32 * MOMENTS * trained.num_trained
     share = FLOAT32 * trained.num_trained / config.num_ranks
-    if config.zero_stage < 3:
+    if config.stage < 3:
         return (MOMENTS + 1) * share
     return (MOMENTS + 2) * share + FLOAT32 * min(BUCKET, trained.num_trained)
 
@@ -93,15 +93,15 @@ def count_gradients(trained: Trained, config: LearnerConfig) -> float:
 
     At stage 3 they are the optimizer's.
     """
-    if config.zero_stage == 3:
+    if config.stage == 3:
         return 0.0
-    shares = config.num_ranks if config.zero_stage == 2 else 1
+    shares = config.num_ranks if config.stage == 2 else 1
     return FLOAT32 * trained.num_trained / shares
 
 
 def count_gathered(trained: Trained, config: LearnerConfig) -> float:
     """Shared-out weights that are whole on a rank while an update computes with them: 4P, of large models a part."""
-    if config.zero_stage < 3 or config.num_ranks == 1:
+    if config.stage < 3 or config.num_ranks == 1:
         return 0.0
     return float(FLOAT32 * min(trained.num_parameters - _count_whole(trained), LIVE_ELEMENTS))
 
@@ -148,7 +148,7 @@ def _find_forward(trained: Trained, batch: Batch, config: LearnerConfig, *, is_g
     rest = count_forward(trained, batch, config, is_gpu=is_gpu)
     if gathered := count_gathered(trained, config):
         rest = gathered + max(rest, min(gathered, FLOAT32 * GATHERED_ELEMENTS))
-    if is_gpu and config.zero_stage in (1, 2):
+    if is_gpu and config.stage in (1, 2):
         rest += FLOAT32 * BUCKET_ELEMENTS
     return _Moment(count_gradients(trained, config) if batch.num_micro_batches > 1 else 0.0, rest)
 
@@ -161,11 +161,11 @@ def _find_reduction(trained: Trained, batch: Batch, config: LearnerConfig, *, is
     """
     held = count_gradients(trained, config)
     share = FLOAT32 * trained.num_trained / config.num_ranks
-    if config.zero_stage == 0:
+    if config.stage == 0:
         return _Moment(held, 0.0)
-    if config.zero_stage == 1:
+    if config.stage == 1:
         return _Moment(held, share)
-    if config.zero_stage == 3:
+    if config.stage == 3:
         return _Moment(held, count_gathered(trained, config))
     bucket = FLOAT32 * (BUCKET_ELEMENTS if is_gpu else min(BUCKET_ELEMENTS, trained.num_trained))
     reduction = share if config.num_ranks > 1 and not is_gpu else 0.0
@@ -178,7 +178,7 @@ def _find_step(trained: Trained, config: LearnerConfig, *, is_gpu: bool) -> _Mom
     Without sharing there is no flat copy, and one parameter is updated at a time; clipping takes as much as gradients.
     """
     held = count_gradients(trained, config)
-    if config.zero_stage == 0:
+    if config.stage == 0:
         return _Moment(held, held)
     share = FLOAT32 * trained.num_trained / config.num_ranks
     return _Moment(min(held, share), share * (2 if is_gpu else 1))

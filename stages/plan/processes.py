@@ -179,7 +179,7 @@ def _list_learner(settings: Settings, models: Models, update: UpdatePlan, device
     yield _count_learner(models.policy, config.learner, batch, "rl", devices)
     if config.learner.lora is None:
         # Shared out it is in float32, and whole before that.
-        if config.learner.zero_stage < 3:
+        if config.learner.stage < 3:
             yield count_frozen_policy(models.policy, batch, config.learner.dtype, is_gpu=devices.is_gpu)
         else:
             yield count_frozen_model(models.policy, batch, "fp32", config.learner.dtype, is_gpu=devices.is_gpu)

@@ -24,6 +24,7 @@ from stages.data.token_pairs import PairExample, TokenPair, encode_pairs
 from stages.learner.engine import LossFunction, compute_type
 from stages.learner.epochs import Epochs, LogMetrics, train_epochs
 from stages.learner.launch import open_ranks
+from stages.learner.layout import settle_stage
 from stages.learner.ranks import ALONE, Ranks
 from stages.learner.trainable import load_trained_reward, save_trained
 from stages.models.load import list_devices, load_tokenizer, require_context, select_device
@@ -94,7 +95,8 @@ def train_reward_model(
     )
     with open_ranks(config.learner, SETTING, workdir, list_devices()) as ranks:
         make_model = functools.partial(load_trained_reward, init_from, config.learner, SETTING, config.seed)
-        learner = ranks.make_learner(make_model, config.learner, epochs.total_updates, workdir)
+        settings = settle_stage(config.learner, workdir)
+        learner = ranks.make_learner(make_model, settings, epochs.total_updates, workdir)
         train_epochs(learner, epochs, make_loss_function, workdir, log_metrics)
         centre_scores(learner.model, data.samples, config, ranks)
         margins = compute_margins(learner.model, validation, config, ranks)

@@ -29,6 +29,7 @@ from stages.learner.checkpoint import commit_checkpoint, find_checkpoint
 from stages.learner.engine import Learner, LossFunction, compute_type
 from stages.learner.epochs import LogMetrics
 from stages.learner.launch import open_ranks
+from stages.learner.layout import settle_stage
 from stages.learner.ranks import Ranks
 from stages.learner.trainable import count_shared_blocks, load_trained_policy, shares_prompts
 from stages.models.load import list_devices
@@ -191,7 +192,8 @@ class OfflineModels:
 def make_models(ranks: Ranks, inputs: OfflineInputs, config: RlConfig, workdir: Path) -> OfflineModels:
     """Learner and reference, both at the SFT model's weights."""
     make_model = functools.partial(load_trained_policy, inputs.sft, config.learner, SETTING)
-    learner = ranks.make_learner(make_model, config.learner, config.num_updates, workdir)
+    settings = settle_stage(config.learner, workdir)
+    learner = ranks.make_learner(make_model, settings, config.num_updates, workdir)
     trunk_depth = count_shared_blocks(config.learner, learner.model)
     policy = Reference(learner.model, config.learner.dtype, inputs.temperature, trunk_depth=trunk_depth)
     source = ReferenceSource(ranks, inputs.sft, policy, config.learner)

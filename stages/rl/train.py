@@ -21,8 +21,10 @@ from stages.generation.protocol import Generator, Request, SamplingPlan
 from stages.generation.requests import make_requests, spread
 from stages.generation.start import GeneratorSettings, start_generator
 from stages.learner.checkpoint import find_checkpoint
+from stages.learner.config import LearnerConfig
 from stages.learner.engine import Learner
 from stages.learner.launch import open_ranks
+from stages.learner.layout import settle_stage
 from stages.learner.ranks import Ranks
 from stages.learner.trainable import count_shared_blocks, load_trained_policy, load_trained_reward, shares_prompts
 from stages.models.load import list_devices, load_tokenizer
@@ -271,8 +273,9 @@ def _open_ranks(setting: _Setting) -> AbstractContextManager[Ranks]:
 def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetrics, ranks: Ranks) -> Training:
     inputs, config, algorithm = setting.inputs, setting.config, setting.algorithm
     make_model = functools.partial(load_trained_policy, inputs.sft, config.learner, SETTING)
-    learner = ranks.make_learner(make_model, config.learner, config.num_updates, setting.workdir)
-    value_learner = _make_value_learner(setting, ranks)
+    settings = settle_stage(config.learner, setting.workdir)
+    learner = ranks.make_learner(make_model, settings, config.num_updates, setting.workdir)
+    value_learner = _make_value_learner(setting, settings, ranks)
     trained = [item.model for item in (learner, value_learner) if item]
     trunk_depth = count_shared_blocks(config.learner, *trained)
     logger.info("computed once for all models blocks=%d", trunk_depth)
@@ -307,15 +310,15 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
     )
 
 
-def _make_value_learner(setting: _Setting, ranks: Ranks) -> Learner | None:
+def _make_value_learner(setting: _Setting, settings: LearnerConfig, ranks: Ranks) -> Learner | None:
     """A second learner for algorithms that learn values: from the reward model, or from SFT where none was trained."""
     algorithm, config, inputs = setting.config.algorithm, setting.config, setting.inputs
     if not isinstance(algorithm, PpoConfig):
         return None
     path, head_seed = (inputs.reward, None) if holds_reward_model(inputs.reward) else (inputs.sft, config.seed)
     make_model = functools.partial(load_trained_reward, path, config.learner, SETTING, head_seed)
-    learner_config = config.learner.model_copy(update={"lr": algorithm.value_lr or config.learner.lr})
-    return ranks.make_learner(make_model, learner_config, config.num_updates, setting.workdir / "value")
+    settings = settings.model_copy(update={"lr": algorithm.value_lr or settings.lr})
+    return ranks.make_learner(make_model, settings, config.num_updates, setting.workdir / "value")
 
 
 def _scoring_starter(setting: _Setting, preparation: Preparation) -> StartScoring | None:

@@ -28,6 +28,7 @@ from stages.data.text import (
 from stages.learner.engine import LossFunction, compute_type
 from stages.learner.epochs import Epochs, LogMetrics, train_epochs
 from stages.learner.launch import open_ranks
+from stages.learner.layout import settle_stage
 from stages.learner.logprobs import compute_logprobs
 from stages.learner.ranks import ALONE, Ranks
 from stages.learner.trainable import load_trained_policy, save_trained
@@ -87,7 +88,8 @@ def train_sft_model(
     )
     with open_ranks(config.learner, SETTING, workdir, list_devices()) as ranks:
         make_model = functools.partial(load_trained_policy, init_from, config.learner, SETTING)
-        learner = ranks.make_learner(make_model, config.learner, epochs.total_updates, workdir)
+        settings = settle_stage(config.learner, workdir)
+        learner = ranks.make_learner(make_model, settings, epochs.total_updates, workdir)
         before = evaluate(learner.model, validation, config, ranks)
         log_metrics({"eval/loss": before}, 0)
         train_epochs(learner, epochs, make_loss_function, workdir, log_metrics)

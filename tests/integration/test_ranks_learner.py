@@ -33,6 +33,7 @@ ON_TWO: list[Case] = [
     {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
     {"zero_stage": 3, "resumed": name_checkpoint(2, {"zero_stage": 3})},  # what the ranks themselves have saved
     {"zero_stage": 2, "resumed": name_checkpoint(2, {"zero_stage": 2} | LORA)} | LORA,
+    {"zero_stage": 0, "resumed": name_checkpoint(1, {})},  # of a single rank, which shares nothing out
 ]
 RESUMED: list[Case] = [
     case | {"resumed": name_checkpoint(2, case)}
@@ -67,7 +68,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def on_one_rank(directory: Path) -> dict[bool, Found]:
     """Without and with adapters."""
-    cases = ({"zero_stage": 2}, {"zero_stage": 2} | LORA)
+    cases: tuple[Case, ...] = ({}, LORA)
     return {"lora" in case: tiny_ranks.train(ALONE, directory, case) for case in cases}
 
 
@@ -95,6 +96,10 @@ def assert_same_training(found: Found, expected: Found) -> None:
     for name in ("logprobs", "reference_logprobs", "frozen_logprobs", "frozen_kl"):
         ours, theirs = (sorted(torch.cat(item[name]).tolist()) for item in (found, expected))
         assert ours == pytest.approx(theirs, rel=1e-5), name
+
+
+def test_one_rank_trains_as_it_does_with_its_state_in_parts(directory: Path, on_one_rank: dict[bool, Found]) -> None:
+    assert_same_training(tiny_ranks.train(ALONE, directory, {"zero_stage": 2}), on_one_rank[False])
 
 
 @pytest.mark.parametrize("number", range(len(ON_TWO)), ids=map(str, ON_TWO))

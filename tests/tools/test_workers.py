@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -20,6 +21,7 @@ from prefect.states import Crashed, Scheduled
 from flows.automations import make_automations
 from flows.devices import LEASE_S
 from flows.parameters import STAGES
+from flows.workspace import name_run
 from tests.tools.toy_project import Toy, toy_with_server, wait_for
 
 RL = ["train_policy", "sample_policy", "judge_policy"]
@@ -41,10 +43,10 @@ def client(toy: Toy) -> SyncPrefectClient:
     return SyncPrefectClient(f"{toy.server.url}/api")
 
 
-def start(toy: Toy, run: dict[str, Any], deployment: str = "rlhf/local", name: str = "run") -> UUID:
+def start(toy: Toy, run: dict[str, Any], deployment: str = "rlhf/local", name: str = "run", **others: Any) -> UUID:
     with client(toy) as api:
         found = api.read_deployment_by_name(deployment)
-        return api.create_flow_run_from_deployment(found.id, parameters={name: run}).id
+        return api.create_flow_run_from_deployment(found.id, parameters={name: run, **others}).id
 
 
 def read(toy: Toy, run_id: UUID) -> FlowRun:
@@ -105,8 +107,8 @@ def test_unchanged_stages_show_as_cached_or_restored_and_an_override_runs_what_d
 
 def test_a_stage_that_is_placed_on_the_devices_of_its_own_run_gets_them(toy: Toy) -> None:
     """The toy has no DVC remote: what the other worker made comes out of the checkout's cache."""
-    placed = {"placement": {"stages": {"train_sft": "gpu"}}, "repository": str(toy.project)}
-    run_id = start(toy, placed | {"stages": ["label_pairs"], "overrides": {"sft.seed": 7}})
+    run = {"repository": str(toy.project), "stages": ["label_pairs"], "overrides": {"sft.seed": 7}}
+    run_id = start(toy, run, placement={"stages": {"train_sft": "gpu"}})
 
     assert message(wait_until_over(toy, run_id)) == "Completed: None"
     assert toy.runs()[-2:] == ["train_sft", "label_pairs"]
@@ -221,8 +223,12 @@ def test_a_device_never_holds_two_runs(toy: Toy) -> None:
     with toy.worker("local"):  # of the same devices as the module's worker
         runs = [start(toy, {"overrides": {"rl.seed": seed}}) for seed in (4, 5)]
         toy.pid("train_policy")
-        wait_for(lambda: all((state := read(toy, run).state) and state.is_running() for run in runs))
+        # Both have their clones and have come to the point where devices are taken.
+        wait_for(lambda: all((toy.project / ".slipstream/runs" / name_run(read(toy, run))).exists() for run in runs))
+        time.sleep(3)
         assert Counter(toy.runs())["train_policy"] == 1
+        with client(toy) as api:
+            assert {limit.active_slots for limit in api.read_global_concurrency_limits() if limit.active_slots} == {1}
 
         hold.unlink()
         assert [message(wait_until_over(toy, run)) for run in runs] == ["Completed: None"] * 2

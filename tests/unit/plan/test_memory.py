@@ -47,7 +47,8 @@ def test_a_trained_model_matches_hand_computation() -> None:
     counted = count(Trained(TINY, 1, "x"), BATCH)
 
     assert counted.weights == 107_520  # 4 x 26,880
-    assert counted.optimizer == 111_744  # 12 x 9,312
+    assert counted.optimizer == 74_496  # 8 x 9,312
+    assert count(Trained(TINY, 1, "x"), BATCH, zero_stage=2).optimizer == 111_744  # 12 x 9,312
     # A token in the block: norms 512, casts 5 x 64, attention 4 x 64 + 4 heads x 16 x 6, feed-forward 8 x 64 = 1,984.
     # 16 of them; last norm 16 x 256, predictors 8 x 320, logits 8 x 259 x 14, casts 2 x 9,312 and 2 x 8,288.
     assert (counted.gradients, counted.activations) == (37_248, 102_608)
@@ -148,9 +149,12 @@ def test_what_is_offloaded_leaves_a_gpu_and_not_a_cpu() -> None:
 def test_on_a_gpu_attention_keeps_no_matrix_and_the_bucket_is_whole() -> None:
     batch = Batch(tokens=160, sequence_tokens=16, completion_tokens=8)
 
-    on_cpu, on_gpu = (count(Trained(TINY, 1, "x"), batch, is_gpu=is_gpu) for is_gpu in (False, True))
+    trained = Trained(TINY, 1, "x")
+    on_cpu, on_gpu = (count(trained, batch, is_gpu=is_gpu, zero_stage=2) for is_gpu in (False, True))
 
     assert on_gpu.activations - on_cpu.activations == 2_000_000_000 - 160 * 384
+    alone, beside = (count(trained, batch, is_gpu=is_gpu) for is_gpu in (False, True))  # nothing to share, no bucket
+    assert beside.activations - alone.activations == -160 * 384
 
 
 def test_a_frozen_model_has_weights_and_one_block() -> None:
@@ -202,7 +206,7 @@ def test_the_formulas_are_within_a_tenth_of_what_was_measured(layers: str, algor
     arm: dict[str, Any] = MEASURED[layers][algorithm]
     batches = {"policy": make_batch(2048, 1, 112, 48, 16), "value model": make_batch(2048, 1, 112, 0, 16)}
     counted = {
-        name: count(Trained(known, "all" if layers == "all" else 12, "x", batch.is_scoring), batch)
+        name: count(Trained(known, "all" if layers == "all" else 12, "x", batch.is_scoring), batch, zero_stage=2)
         for name, batch in batches.items()
         if name in arm["bytes"]
     }
