@@ -30,17 +30,22 @@ def find_weights(model: Any) -> Storages:
     return find_storages([*model.parameters(), *model.buffers()])
 
 
+def find_adamw(optimizer: Any) -> Any:
+    """The one within DeepSpeed's optimizer, or which a single rank has by itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def find_moments(optimizer: Any) -> Storages:
-    """AdamW's state, within DeepSpeed's optimizer."""
-    return find_storages(list_tensors(list(optimizer.optimizer.state.values())))
+    """AdamW's state."""
+    return find_storages(list_tensors(list(find_adamw(optimizer).state.values())))
 
 
 def find_gradients(engine: Any) -> Storages:
-    """Whatever DeepSpeed's optimizer and the parameters hold besides what they hold between updates."""
+    """Whatever the optimizer and the parameters hold besides what they hold between updates."""
     parameters = list(engine.module.parameters())
     gradients = [getattr(item, name, None) for item in parameters for name in ("grad", "grad_accum")]
     held = find_storages([*list_tensors(engine.optimizer), *(item for item in gradients if item is not None)])
-    groups = engine.optimizer.optimizer.param_groups
+    groups = find_adamw(engine.optimizer).param_groups
     masters = find_storages(parameter for group in groups for parameter in group["params"])
     resting = find_weights(engine.module) | masters | find_moments(engine.optimizer)
     return {key: size for key, size in held.items() if key not in resting}

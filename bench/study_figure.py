@@ -69,7 +69,7 @@ def draw_by_x(axes: Axes, study: Study, cells: list[dict[str, Any]]) -> None:
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(values)), [str(value) for value in values])
     axes.set_xlabel(study.x_title)
-    axes.set_ylabel("gold win-rate over the SFT model [95 % over prompts]")
+    axes.set_ylabel("gold win-rate over SFT [95 % over prompts]")
 
 
 def draw_by_kl(axes: Axes, study: Study, cells: list[dict[str, Any]]) -> None:
@@ -85,7 +85,7 @@ def draw_by_kl(axes: Axes, study: Study, cells: list[dict[str, Any]]) -> None:
             axes.annotate(str(x), (kl, rate), xytext=(5, 4), textcoords="offset points", fontsize=8, color=colour)
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel(f"KL(policy ‖ SFT), nats a completion, ± std over seeds (beside a point: {study.x})")
-    axes.set_ylabel("gold win-rate over the SFT model [95 % over prompts]")
+    axes.set_ylabel("gold win-rate over SFT [95 % over prompts]")
 
 
 def draw_curves(axes: Axes, study: Study, cells: list[dict[str, Any]], x: str, title: str) -> None:

@@ -115,7 +115,10 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             report["arms"][key] = json.loads(done.stdout.splitlines()[-1])  # libraries talk, too
             report |= {"target": TARGET, "commit": git("rev-parse", "HEAD"), "machine": describe_machine()}
-            report["settings"] = {name: str(value) for name, value in vars(options).items() if name not in NOT_SETTINGS}
+            settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+            report["settings"] = {
+                name: value.name if isinstance(value, Path) else str(value) for name, value in settings.items()
+            }
             if options.out:
                 options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(format_table(report["arms"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from flows.commands import git
+from stages.common.errors import RunError, SettingError
 from stages.common.publish import remove_path
 
 CHECKOUT_VARIABLE = "SLIPSTREAM_CHECKOUT"
@@ -58,10 +59,15 @@ def make_clone(path: Path, repository: str, revision: str) -> None:
 
     Raises:
         RunError: git cannot clone it.
+        SettingError: the repository has no such commit.
     """
     staged = path.with_name(f"{path.name}.part")
     remove_path(staged)
     git(path.parent, "clone", "--quiet", "--no-checkout", repository, str(staged))
+    try:
+        git(staged, "cat-file", "-e", f"{revision}^{{commit}}")
+    except RunError as error:
+        raise SettingError(f"revision={revision!r}: {repository} has no such commit; push it first") from error
     git(staged, "checkout", "--quiet", "--detach", revision)
     _share_dvc(staged)
     (staged / BASE).parent.mkdir(exist_ok=True)

@@ -35,8 +35,8 @@ def settle_stage(config: LearnerConfig, workdir: Path) -> LearnerConfig:
     Any number of ranks loads what stage 0 has saved, and what the others have, if it is their own stage.
     """
     found = find_checkpoint(workdir)
-    if config.zero_stage != "auto" or found is None:
-        return config
+    if config.zero_stage != "auto" or found is None or not (found[0] / _FILE).is_file():
+        return config  # a checkpoint without it is refused where it is loaded
     stage = json.loads((found[0] / _FILE).read_text())["zero_stage"]
     return config.model_copy(update={"zero_stage": stage})
 

@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 2,
     "eval_every": 5,
     "weight_update": "in_flight",
-    "generation": {"engine": "vllm", "max_new_tokens": 200, "kv_cache_gib": 1},
+    "generation": {"engine": "vllm", "max_new_tokens": 24, "kv_cache_gib": 1},
 }
 
 

@@ -118,6 +118,11 @@ def test_the_head_of_a_run_on_several_workers_is_the_checkouts_own(toy: Toy) -> 
 
     assert choose_source(None, "HEAD", is_local=False) == (origin, head(toy))
     assert choose_source(origin, "HEAD", is_local=False)[1] != head(toy)
+    with (
+        pytest.raises(SettingError, match=rf"revision='{head(toy)}': .* has no such commit; push it first"),
+        open_workspace("key", origin, head(toy)),
+    ):
+        pass
 
 
 def test_inputs_that_dvc_holds_are_restored_in_the_clone(toy: Toy) -> None:
