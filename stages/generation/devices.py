@@ -37,7 +37,8 @@ def bind_cores(cores: str, num_workers: int) -> str:
     each = len(numbers) // num_workers
     if each == 0:
         raise SettingError(
-            f"generation.engine_args asks for {num_workers} workers, and a server has the CPU cores {cores!r} only"
+            f"generation.engine_args asks for {num_workers} workers, and a server has the CPU cores {cores!r} only "
+            "(generation.cpu_cores, in RL rl.generator.devices)"
         )
     shares = [numbers[index * each : (index + 1) * each] for index in range(num_workers)]
     return "|".join(",".join(map(str, share)) for share in shares)

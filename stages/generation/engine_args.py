@@ -77,7 +77,7 @@ def count_workers(arguments: Sequence[str]) -> int:
         parser.add_argument(*names, type=int, default=1)
     try:
         # Only names are rewritten: the value of another argument may hold an underscore.
-        sizes = vars(parser.parse_known_args([_with_dashes(argument) for argument in arguments])[0])
+        sizes = vars(parser.parse_known_args([with_dashes(argument) for argument in arguments])[0])
     except argparse.ArgumentError as error:
         raise SettingError(f"generation.engine_args: {error}") from error
     total = 1
@@ -110,6 +110,7 @@ def check_engine_args(arguments: Sequence[str]) -> None:
         raise RunError(f"generation.engine_args cannot be checked: vLLM's parser failed: {lines[-1]}")
 
 
-def _with_dashes(argument: str) -> str:
+def with_dashes(argument: str) -> str:
+    """The argument by the name that vLLM's help has: it takes underscores for dashes."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument

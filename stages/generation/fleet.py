@@ -99,6 +99,7 @@ class Fleet:
         self._current = WeightsUpdate(plan.policy_version, plan.model)
         self._superseded: list[WeightsUpdate] = []
         self._unusable: Counter[Request] = Counter()
+        self._main: asyncio.Future[None] | None = None
         self._is_started = threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run_thread, name="fleet", daemon=True)
@@ -129,8 +130,9 @@ class Fleet:
 
     def close(self) -> None:
         """End all local servers."""
-        with contextlib.suppress(RuntimeError):  # it has ended, and its loop is closed
-            self._loop.call_soon_threadsafe(self._main.cancel)
+        if self._main is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended, and its loop is closed
+                self._loop.call_soon_threadsafe(self._main.cancel)
         self._thread.join()
 
     def pids(self) -> dict[str, int]:
@@ -168,7 +170,8 @@ class Fleet:
         # Idle connections are closed here before the server does it after 5 s: a request on a connection that is
         # being closed would look like a lost server.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
-        async with httpx.AsyncClient(timeout=None, limits=limits) as http:
+        # No proxy of the environment: servers are on this machine or in its own network.
+        async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False) as http:
             self._http = http
             self._replicas = list(self._make_replicas())
             self._main = asyncio.ensure_future(self._supervise_all())
@@ -360,7 +363,8 @@ class Fleet:
     def _fail(self, error: Exception) -> None:
         """End the fleet; its owner is told why."""
         self._events.put(error)
-        self._main.cancel()
+        if self._main is not None:
+            self._main.cancel()
 
     def _lose(self, ticket: Ticket, reason: str, detail: str) -> None:
         self._events.put(Lost(ticket, reason, " ".join(detail.split())))

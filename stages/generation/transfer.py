@@ -10,7 +10,8 @@ A server is told, in this order, on its development endpoints (vLLM 0.32, `entry
     /collective_rpc end_transfer      packs tied heads again
     /update_weight_version, /reset_prefix_cache, /resume; then version and probe, as after files
 
-Each server has a channel of its own and swaps by itself, so one that is lost keeps no other waiting.
+Each server has a channel of its own and swaps by itself. By NCCL one that hangs in the middle of a broadcast keeps the
+others waiting until it is given up: vLLM's packed broadcast takes its CUDA streams from a cache, by device.
 """
 
 import asyncio

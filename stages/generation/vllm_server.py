@@ -103,14 +103,15 @@ def server_environment(config: GenerationConfig, settings: ServerSettings) -> di
     environment = {
         "PYTHONPATH": os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that swap weights
-        "VLLM_CPU_OMP_THREADS_BIND": bind_cores(devices or config.cpu_cores, count_workers(config.engine_args)),
-        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         # What one server compiled serves the next, although each has a TMPDIR of its own.
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", compiled),
     }
-    if devices is not None and torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        cores = bind_cores(devices or config.cpu_cores, count_workers(config.engine_args))
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib)}
+    elif devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = name_visible_gpus(devices)
         if "LOCAL_RANK" in os.environ:  # the learner's, which counts all GPUs
             environment["LOCAL_RANK"] = "0"

@@ -48,8 +48,8 @@ class LearnerConfig(Section):
     differ by rounding only."""
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage: what ranks share out instead of each holding it whole. 1: optimizer state, 2: gradients
-    too, 3: weights too. All are the same maths. auto: 2, but for one rank, which has nobody to share with, 0; a run
-    that goes on with another number of ranks keeps the one it began with."""
+    too, 3: weights too. All are the same maths. auto: 2, but for one rank, which has nobody to share with, 0 (without
+    offload_optimizer, which needs 2); a run that goes on with another number of ranks keeps the one it began with."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """cpu: the optimizer state is kept, and weights are updated, in main memory."""
     offload_parameters: Literal["none", "cpu"] = "none"

@@ -104,7 +104,8 @@ class Learner:
         grad_norm = float(self._clip.norm if self._clip else self._engine.get_global_grad_norm())
         if not grad_norm <= self._config.stop_grad_norm:  # also true for NaN
             self._fail(
-                f"gradient norm {grad_norm:.4g} exceeds stop_grad_norm={self._config.stop_grad_norm:.4g}", micro_batches
+                f"gradient norm {grad_norm:.4g} exceeds learner.stop_grad_norm={self._config.stop_grad_norm:.4g}",
+                micro_batches,
             )
         metrics = merge_means(parts[:num_real])
         metrics["learner/grad_norm"] = Mean(grad_norm, 1)
@@ -146,7 +147,7 @@ class Learner:
             dist.barrier()  # who stops first ends the others
         path = self._rescue_path(culprit or 0)
         raise NonFiniteLossError(
-            f"update {self._updates + 1}: {reason}; its batch is in {path}; lower the learning rate"
+            f"update {self._updates + 1}: {reason}; its batch is in {path}; lower learner.lr={self._config.lr:g}"
         )
 
     def _rescue_path(self, rank: int) -> Path:
@@ -280,6 +281,7 @@ def _tensors(micro_batches: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
         while stack:
             name, value = stack.pop()
             if isinstance(value, Tensor):
-                yield name, value.detach().cpu().contiguous()
+                # A copy: two places may hold one tensor, which safetensors refuses.
+                yield name, value.detach().cpu().contiguous().clone()
             elif dataclasses.is_dataclass(value):
                 stack += [(f"{name}.{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)]

@@ -38,6 +38,8 @@ def settle_stage(config: LearnerConfig, workdir: Path) -> LearnerConfig:
     if config.zero_stage != "auto" or found is None or not (found[0] / _FILE).is_file():
         return config  # a checkpoint without it is refused where it is loaded
     stage = json.loads((found[0] / _FILE).read_text())["zero_stage"]
+    if stage != config.stage:
+        logger.info("learner.zero_stage=auto: the run began with %d and keeps it, instead of %d", stage, config.stage)
     return config.model_copy(update={"zero_stage": stage})
 
 

@@ -132,8 +132,8 @@ class Architecture:
         """Numbers in parameters of fewer than `size` numbers each."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.numel() < size)
 
-    def list_adapted(self, lora: LoraConfig, layers: TrainableLayers, setting: str) -> list[tuple[int, int]]:
-        """Inputs and outputs of every linear layer that gets an adapter.
+    def list_adapted(self, lora: LoraConfig, layers: TrainableLayers, setting: str) -> list[tuple[int, ...]]:
+        """Inputs and outputs of every linear layer that gets an adapter, in either order.
 
         Args:
             lora: which layers.
@@ -146,8 +146,7 @@ class Architecture:
         model = _build(self.config)
         select_trainable(model, layers, setting)
         names = find_targets(model, lora, layers, setting.removesuffix(".trainable_layers"))
-        linear = [model.get_submodule(name) for name in names]
-        return [(item.in_features, item.out_features) for item in linear if isinstance(item, nn.Linear)]
+        return [tuple(model.get_parameter(f"{name}.weight").shape) for name in names]
 
 
 def find_architecture(model: ModelConfig, places: Places) -> Architecture:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from stages.learner.config import LearnerConfig
 from stages.plan.architecture import Architecture
 from stages.plan.batches import RunPlan
-from stages.plan.memory import MOMENTS
+from stages.plan.memory import MOMENTS, count_published
 from stages.plan.settings import Settings
 from stages.plan.shapes import FLOAT32, SIZES, Trained
 from stages.rl.algorithm_config import PpoConfig
@@ -13,8 +13,6 @@ from stages.rl.train import make_algorithm
 
 _SAVED = SIZES["bf16"]
 """Models are saved in bf16."""
-_CHECKPOINT_BYTES = FLOAT32 * (2 + MOMENTS)
-"""Of a trained parameter: the weight, the optimizer's copy of it, its moments."""
 _SAMPLE_TOKEN_BYTES = 4 + 8 + 4 + 4
 """Of a sampled token in the ledger: its id, log-probability and version, and about four characters of text."""
 _LOGPROB_BYTES = 8
@@ -43,6 +41,7 @@ def list_disk(settings: Settings, policy: Architecture, run: RunPlan) -> list[Di
         DiskItem("artifacts/policy, policy_last", 2 * model, "best and last version; linked if they are the same"),
         *_list_kept(settings, run, model),
         DiskItem("artifacts/ledger", count_ledger(settings, run), "at most, before compression"),
+        *_list_published(settings, policy),
         DiskItem(".slipstream/work", _count_checkpoints(settings, policy), "two checkpoints of one stage", True),
     ]
     return items
@@ -71,15 +70,24 @@ def _list_kept(settings: Settings, run: RunPlan, model: float) -> list[DiskItem]
     return [DiskItem("artifacts/checkpoints", num * model, f"{num} kept versions")] if num else []
 
 
+def _list_published(settings: Settings, policy: Architecture) -> list[DiskItem]:
+    """Where they have a directory of their own; else they are in shared memory if it has room."""
+    config = settings.rl
+    is_live = not config.is_offline and config.replay_from is None
+    if not is_live or config.publish != "files" or config.generator.weights_dir is None:
+        return []
+    return [DiskItem(config.generator.weights_dir, count_published(config, policy), "published weights", True)]
+
+
 def _count_checkpoints(settings: Settings, policy: Architecture) -> float:
     """The largest stage's: a checkpoint is written beside the last one. RL has its best version there besides."""
     sft, reward, rl = settings.sft.learner, settings.reward.learner, settings.rl.learner
-    stages = [count_checkpoint(_describe(policy, sft, "sft"))]
+    stages = [count_checkpoint(_describe(policy, sft, "sft"), sft.stage)]
     if not settings.has_rule:
-        stages.append(count_checkpoint(_describe(policy, reward, "reward", is_reward=True)))
-    of_rl = count_checkpoint(_describe(policy, rl, "rl"))
+        stages.append(count_checkpoint(_describe(policy, reward, "reward", is_reward=True), reward.stage))
+    of_rl = count_checkpoint(_describe(policy, rl, "rl"), rl.stage)
     if isinstance(settings.rl.algorithm, PpoConfig):
-        of_rl += count_checkpoint(_describe(policy, rl, "rl", is_reward=True))
+        of_rl += count_checkpoint(_describe(policy, rl, "rl", is_reward=True), rl.stage)
     best = _SAVED * policy.num_parameters
     return max(*(2 * num_bytes for num_bytes in stages), 2 * of_rl + best)
 
@@ -88,12 +96,6 @@ def _describe(policy: Architecture, learner: LearnerConfig, section: str, *, is_
     return Trained(policy, learner.trainable_layers, f"{section}.learner.trainable_layers", is_reward, learner.lora)
 
 
-def count_checkpoint(trained: Trained) -> float:
-    """Bytes of one learner's checkpoint.
-
-    Frozen parameters are left out, but for a tied table: DeepSpeed knows it under its other name too, and keeps that.
-    """
-    is_tied = trained.architecture.config.tie_word_embeddings
-    is_kept = trained.layers != "all" and trained.lora is None and not trained.is_reward and is_tied
-    table = FLOAT32 * trained.architecture.head_parameters if is_kept else 0
-    return float(_CHECKPOINT_BYTES * trained.num_trained + table)
+def count_checkpoint(trained: Trained, stage: int) -> float:
+    """Bytes of one learner's checkpoint: trained weights and their moments, from ZeRO stage 1 on a second copy too."""
+    return float(FLOAT32 * (1 + MOMENTS + (stage > 0)) * trained.num_trained)

@@ -18,6 +18,7 @@ from stages.learner.engine import BUCKET, WHOLE_BELOW
 from stages.plan.activations import count_block, count_ends, count_forward
 from stages.plan.architecture import Architecture
 from stages.plan.shapes import FLOAT32, SIZES, Batch, DType, ModelBytes, Trained
+from stages.rl.config import RlConfig
 
 MOMENTS = 2
 """Numbers AdamW keeps for each trained parameter."""
@@ -143,6 +144,14 @@ def count_generator(architecture: Architecture, config: GenerationConfig, shards
     )
 
 
+def count_published(config: RlConfig, policy: Architecture) -> float:
+    """All versions that may be published at once: the trained weights in bf16, with adapters at most all."""
+    learner = config.learner
+    trained = Trained(policy, learner.trainable_layers, "rl.learner.trainable_layers", False, learner.lora)
+    num = trained.num_trained if learner.lora is None else policy.num_parameters
+    return float(SIZES["bf16"] * num * config.rule.count_published(in_flight=config.weight_update == "in_flight"))
+
+
 def _find_forward(trained: Trained, batch: Batch, config: LearnerConfig, *, is_gpu: bool) -> _Moment:
     """The end of the forward pass. Gradients of earlier micro-batches are there, on a GPU the bucket too."""
     rest = count_forward(trained, batch, config, is_gpu=is_gpu)
@@ -175,11 +184,12 @@ def _find_reduction(trained: Trained, batch: Batch, config: LearnerConfig, *, is
 def _find_step(trained: Trained, config: LearnerConfig, *, is_gpu: bool) -> _Moment:
     """The optimizer's step: a flat copy of the gradients and, on a GPU, roots of the second moments.
 
-    Without sharing there is no flat copy, and one parameter is updated at a time; clipping takes as much as gradients.
+    Without sharing, several ranks have a flat copy, and on a CPU one rank has neither: clipping and the fused step
+    write in place.
     """
     held = count_gradients(trained, config)
     if config.stage == 0:
-        return _Moment(held, held)
+        return _Moment(held, held if is_gpu or config.num_ranks > 1 else 0.0)
     share = FLOAT32 * trained.num_trained / config.num_ranks
     return _Moment(min(held, share), share * (2 if is_gpu else 1))
 

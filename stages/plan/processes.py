@@ -9,12 +9,19 @@ from dataclasses import dataclass, replace
 
 from stages.common.errors import SettingError
 from stages.common.guard import parse_cores
+from stages.generation.engine_args import with_dashes
 from stages.learner.config import EpochsConfig, LearnerConfig
 from stages.learner.trainable import shares_prompts
 from stages.plan.architecture import Architecture
 from stages.plan.batches import UpdatePlan
 from stages.plan.devices import GIB, Devices
-from stages.plan.memory import count_frozen_model, count_frozen_policy, count_generator, count_trained_model
+from stages.plan.memory import (
+    count_frozen_model,
+    count_frozen_policy,
+    count_generator,
+    count_published,
+    count_trained_model,
+)
 from stages.plan.settings import Settings
 from stages.plan.shapes import Batch, ModelBytes, Trained, make_batch, make_shared_batch
 from stages.rl.algorithm_config import PpoConfig
@@ -155,14 +162,13 @@ def _label_pairs(settings: Settings, models: Models, devices: Devices) -> Iterat
 def _train_policy(settings: Settings, models: Models, update: UpdatePlan, devices: Devices) -> Iterator[Process]:
     config = settings.rl
     placement = place(config, devices.numbers)
-    is_live = not config.is_offline and config.replay_from is None
     numbers = sorted(parse_cores(placement.learner))
     held = list(_list_learner(settings, models, update, devices))
     # The reward model is rank 0's alone.
-    extra = list(_list_scorer(settings, models, update, devices))
+    extra = [*_list_scorer(settings, models, update, devices), *_list_published(settings, models)]
     places = _find_places(config.learner, numbers, devices)
     yield from _list_ranks("train_policy", _name_learner(settings), places, held, of_first=extra)
-    if not is_live:
+    if not _is_live(settings):
         return
     groups = [tuple(sorted(parse_cores(item))) for item in placement.generators]
     yield from _list_servers("train_policy", settings, models.policy, groups, devices)
@@ -197,10 +203,20 @@ def _list_scorer(settings: Settings, models: Models, update: UpdatePlan, devices
         )
 
 
+def _list_published(settings: Settings, models: Models) -> Iterator[ModelBytes]:
+    """Versions that wait on the learner's GPU for the servers, where they travel without a file."""
+    config = settings.rl
+    if _is_live(settings) and config.publish != "files":
+        yield ModelBytes(weights=count_published(config, models.policy))
+
+
+def _is_live(settings: Settings) -> bool:
+    return not settings.rl.is_offline and settings.rl.replay_from is None
+
+
 def _has_scorer(settings: Settings) -> bool:
     config = settings.rl
-    is_live = not config.is_offline and config.replay_from is None
-    return is_live and config.score_on == "learner" and not settings.has_rule
+    return _is_live(settings) and config.score_on == "learner" and not settings.has_rule
 
 
 def _find_places(learner: LearnerConfig, numbers: Sequence[int], devices: Devices) -> list[str]:
@@ -357,7 +373,7 @@ def _make_process(
 def _find_argument(arguments: Sequence[str], name: str, default: str) -> str:
     """The value of the last `NAME=VALUE` or `NAME VALUE`."""
     value = default
-    for place_, argument in enumerate(arguments):
+    for place_, argument in enumerate(map(with_dashes, arguments)):
         if argument.startswith(f"{name}="):
             value = argument.partition("=")[2]
         elif argument == name and place_ + 1 < len(arguments):

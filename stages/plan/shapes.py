@@ -101,7 +101,7 @@ class Trained:
         return len(self._adapted)
 
     @functools.cached_property
-    def _adapted(self) -> list[tuple[int, int]]:
+    def _adapted(self) -> list[tuple[int, ...]]:
         if self.lora is None:
             return []
         return self.architecture.list_adapted(self.lora, self.layers, self.setting)

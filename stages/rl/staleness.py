@@ -44,6 +44,14 @@ class StalenessRule:
         """Groups of a rollout."""
         return self.updates_per_rollout * self.prompts_per_update
 
+    def count_published(self, *, in_flight: bool) -> int:
+        """Published versions there may be at once: one being written, the newest, and one that a server still loads.
+
+        A server that drains takes them in turn with the prompts that were sent before them: when it is slower than
+        the learner, one waits for each rollout that the samples may be old.
+        """
+        return 3 if in_flight else max(3, -(-self.max_staleness // self.cycle) + 2)
+
     def oldest_version(self, place: int) -> int:
         """Oldest version that may sample the group in a place of the run, 0 being the first group trained."""
         rollout = place // self.prompts_per_rollout

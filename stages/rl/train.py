@@ -239,9 +239,11 @@ def _read_prompts(inputs: PolicyInputs, config: RlConfig, generation: Generation
 
 
 def _open_scratch(setting: _Setting) -> AbstractContextManager[Path]:
-    weights = setting.inputs.sft.glob("*.safetensors") if setting.config.publish == "files" else ()
+    config = setting.config
+    weights = setting.inputs.sft.glob("*.safetensors") if config.publish == "files" else ()
     num_bytes = sum(path.stat().st_size for path in weights)  # in bf16, as they are published
-    return open_scratch(setting.config.generator.weights_dir, setting.workdir / "weights", num_bytes)
+    num_bytes *= config.rule.count_published(in_flight=config.weight_update == "in_flight")
+    return open_scratch(config.generator.weights_dir, setting.workdir / "weights", num_bytes)
 
 
 def _start_generator(setting: _Setting, timeline: Timeline, scratch: Path) -> AbstractContextManager[Generator]:

@@ -28,6 +28,7 @@ from stages.generation.protocol import Probe, WeightsUpdate
 from stages.learner.ranks import ALONE, Ranks
 from stages.models.load import name_as_stored, select_device
 from stages.rl.rollouts import Reference
+from stages.rl.slots import Slots
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,6 @@ CollectWeights = Callable[[], dict[str, Tensor]]
 """Every weight of a model by name; `Learner.collect_weights`."""
 SHARED_MEMORY = Path("/dev/shm")
 PROBE_TOKENS = 64
-NUM_VERSIONS = 3
-"""Published ones there may be at once: one being written, the newest, and one that a server still loads."""
 _PREFIX = "slipstream-"
 _LOCK = ".lock"
 """Held by the run whose directory it is in."""
@@ -107,6 +106,8 @@ class FilesPublisher:
     def __init__(self, directory: Path, probe: ProbeText) -> None:
         self._directory = directory
         self._probe = probe
+        # Elsewhere, other machines may still hold what a file said before.
+        self._slots = Slots(directory) if directory.is_relative_to(SHARED_MEMORY) else None
         self.num_bytes = 0
         directory.mkdir(parents=True, exist_ok=True)
 
@@ -117,17 +118,20 @@ class FilesPublisher:
             RunError: it cannot be written.
         """
         target = self._directory / f"v{policy_version}.safetensors"
-        staged = target.with_suffix(".part")
         tensors = learner.collect_trained()
         try:
-            save_file(tensors, staged, metadata={"policy_version": str(policy_version)})
+            if self._slots:
+                self._slots.write(tensors, target)
+            else:
+                staged = target.with_suffix(".part")
+                save_file(tensors, staged)
+                staged.replace(target)
         except (OSError, SafetensorError) as error:
             size = sum(tensor.nbytes for tensor in tensors.values())
             raise RunError(
                 f"{self._directory}: weights of {size:,} bytes cannot be published there: {error}; "
                 "rl.generator.weights_dir names another directory"
             ) from error
-        staged.replace(target)
         self.num_bytes = target.stat().st_size
         return WeightsUpdate(policy_version, target, self._probe.compute(learner.model), is_temporary=True)
 
@@ -213,11 +217,11 @@ def open_scratch(weights_dir: str | None, fallback: Path, num_bytes: int) -> Ite
     Args:
         weights_dir: `rl.generator.weights_dir`.
         fallback: used where there is no shared memory, or too little of it.
-        num_bytes: of the largest version.
+        num_bytes: of all versions that there may be at once.
     """
     if weights_dir in (None, str(SHARED_MEMORY)) and os.access(SHARED_MEMORY, os.W_OK):
         _remove_orphans(SHARED_MEMORY)  # elsewhere, the processes of other machines cannot be seen
-    parent = Path(weights_dir) if weights_dir is not None else _choose_parent(fallback, NUM_VERSIONS * num_bytes)
+    parent = Path(weights_dir) if weights_dir is not None else _choose_parent(fallback, num_bytes)
     parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
     with (directory / _LOCK).open("w") as lock:
@@ -236,8 +240,8 @@ def _choose_parent(fallback: Path, num_bytes: int) -> Path:
     if free >= num_bytes:
         return SHARED_MEMORY
     logger.warning(
-        "weights are published on disk, in %s: %s has %d bytes free, %d versions may need %d",
-        *(fallback, SHARED_MEMORY, free, NUM_VERSIONS, num_bytes),
+        "weights are published on disk, in %s: %s has %d bytes free, those that may be there at once need %d",
+        *(fallback, SHARED_MEMORY, free, num_bytes),
     )
     return fallback
 

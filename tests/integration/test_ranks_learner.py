@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_and_saves_that_rank_s_b
 
     assert done.returncode == 1
     saved = tmp_path / "failed_update_1_rank1.safetensors"
-    assert f"update 1: loss is nan on rank 1; its batch is in {saved}; lower the learning rate" in done.stderr
+    assert f"update 1: loss is nan on rank 1; its batch is in {saved}; lower learner.lr=" in done.stderr
     assert "0.input_ids" in load_file(saved)
 
 

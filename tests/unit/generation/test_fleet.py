@@ -251,6 +251,19 @@ def test_an_unusable_answer_is_asked_for_again(server: ScriptedServer, tmp_path:
     require_own_tokens(events)
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_servers(
+    server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    with start_fleet([server], tmp_path) as fleet:
+        fleet.submit(make_ticket(1))
+        finish(fleet, 1)
+
+
 def test_a_timeline_that_cannot_be_written_ends_the_fleet(server: ScriptedServer, tmp_path: Path) -> None:
     class Full(Watch):
         def record(self, role: str, kind: str, started: float, ended: float, policy_version: int) -> None:

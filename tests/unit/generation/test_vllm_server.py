@@ -53,6 +53,13 @@ def test_several_workers_on_cpu_have_cores_of_their_own() -> None:
     assert server_environment(CONFIG, ServerSettings(seed=0))["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
 
 
+def test_on_gpus_a_server_needs_no_cpu_core_for_each_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = CONFIG.model_copy(update={"engine_args": ("--tensor-parallel-size=4",)})
+
+    assert not any(name.startswith("VLLM_CPU") for name in server_environment(config, ServerSettings(seed=0)))
+
+
 def test_the_engine_in_this_process_reads_files_only(tmp_path: Path) -> None:
     config = GenerationConfig(engine="transformers", max_new_tokens=4, max_prompt_tokens=4)
     settings = GeneratorSettings(publish="nccl")

@@ -15,6 +15,8 @@ from stages.learner.config import LearnerConfig
 from stages.learner.engine import Learner
 from stages.learner.logprobs import compute_logprobs
 from stages.models.load import select_trainable
+from stages.rl.records import LossInputs
+from stages.rl.rollouts import MicroBatch
 from tests.tiny import tiny_llama
 
 CONFIG = LearnerConfig(lr=1e-2, dtype="fp32", schedule="linear", trainable_layers="all")
@@ -97,9 +99,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_its_batch(tmp_path: P
     assert torch.equal(saved["0.input_ids"], batch.input_ids)
 
 
+def test_a_batch_that_holds_a_tensor_twice_is_saved_too(tmp_path: Path) -> None:
+    """As in RL, where tokens and loss inputs have one mask."""
+    learner = Learner(tiny_llama(), CONFIG, 2, tmp_path)
+    batch = collate(SEQUENCES)
+    inputs = LossInputs(
+        completion_mask=batch.completion_mask,
+        groups=torch.zeros(len(SEQUENCES)),
+        advantages=torch.zeros(batch.completion_mask.shape),
+        sampling_logprobs=torch.zeros(batch.completion_mask.shape),
+        reference_logprobs=torch.zeros(batch.completion_mask.shape),
+    )
+
+    def lose(model: PreTrainedModel, item: MicroBatch) -> tuple[Tensor, dict[str, Mean]]:
+        return negative_logprob(model, item.sequences)[0] * float("nan"), {}
+
+    with pytest.raises(NonFiniteLossError, match=r"update 1: loss is nan"):
+        learner.update([MicroBatch(batch, inputs)], lose)
+
+    saved = load_file(tmp_path / "failed_update_1.safetensors")
+    assert torch.equal(saved["0.sequences.completion_mask"], saved["0.inputs.completion_mask"])
+
+
 def test_a_gradient_norm_above_the_limit_stops_the_run(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"stop_grad_norm": 1e-6})
     learner = Learner(tiny_llama(), config, 2, tmp_path)
 
-    with pytest.raises(NonFiniteLossError, match=r"gradient norm .* exceeds stop_grad_norm=1e-06"):
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm .* exceeds learner.stop_grad_norm=1e-06"):
         learner.update([collate(SEQUENCES)], negative_logprob)

@@ -11,10 +11,11 @@ from tests.unit.plan.plans import make_settings
 TINY = Architecture(tiny_llama().config, "tiny")
 
 
-def test_a_checkpoint_has_sixteen_bytes_a_trained_parameter() -> None:
-    assert count_checkpoint(Trained(TINY, "all", "x")) == 430_080  # 16 x 26,880
-    assert count_checkpoint(Trained(TINY, 1, "x")) == 182_144  # 16 x 9,312, and the tied table, 4 x 8,288
-    assert count_checkpoint(Trained(TINY, 1, "x", is_reward=True)) == 149_504  # 16 x 9,344
+def test_a_checkpoint_has_twelve_bytes_a_trained_parameter_and_shared_out_sixteen() -> None:
+    assert count_checkpoint(Trained(TINY, "all", "x"), 0) == 322_560  # 12 x 26,880
+    assert count_checkpoint(Trained(TINY, "all", "x"), 2) == 430_080
+    assert count_checkpoint(Trained(TINY, 1, "x"), 0) == 111_744  # 12 x 9,312: what is frozen is not in it
+    assert count_checkpoint(Trained(TINY, 1, "x", is_reward=True), 0) == 112_128  # 12 x 9,344
 
 
 def test_the_ledger_holds_every_sample_and_what_was_trained_on_it(tmp_path: Path) -> None:
@@ -48,7 +49,17 @@ def test_two_checkpoints_of_the_largest_stage_lie_in_the_work_directory(tmp_path
         if item.is_temporary
     ]
 
-    assert sizes == [418_048, 860_160]  # RL's 2 x 182,144 with the best version, 53,760; SFT's 2 x 430,080
+    assert sizes == [277_248, 645_120]  # RL's 2 x 111,744 with the best version, 53,760; SFT's 2 x 322,560
+
+
+def test_published_versions_are_counted_where_they_have_a_directory_of_their_own(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path, rl__generator__weights_dir="shared/weights", rl__max_staleness=4, **_layers(1))
+
+    items = {
+        item.path: item.num_bytes for item in list_disk(settings, TINY, plan_run(settings.rl, settings.generation))
+    }
+
+    assert items["shared/weights"] == 6 * 2 * 9_312  # with drain: one a step of staleness, the newest and the next
 
 
 def _layers(num: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from stages.common.errors import SettingError
 from stages.generation.config import GenerationConfig
@@ -75,6 +75,9 @@ def test_adapters_match_the_library_and_hand_computation() -> None:
     assert trained.num_trained == 2_048 == sum(item.numel() for item in model.parameters() if item.requires_grad)
     assert trained.num_parameters == 28_928  # 26,880 + 2,048
     assert Trained(TINY, 1, "x", is_reward=True, lora=LORA).num_trained == 1_056  # 1,024 + 32
+    gpt2 = Architecture(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16), "gpt2")
+    # Its layers hold weights the other way round: 2 x (8 + 24 and 8 + 8 of attention, twice 8 + 32).
+    assert Trained(gpt2, "all", "x", lora=LORA).num_trained == 256
     with pytest.raises(SettingError, match=r"rl\.learner\.lora\.targets='qkv': no such linear layer"):
         _ = Trained(TINY, "all", "rl.learner.trainable_layers", lora=LoraConfig(targets=("qkv",))).num_trained
 

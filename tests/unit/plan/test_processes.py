@@ -55,6 +55,14 @@ def test_with_servers_elsewhere_the_reward_model_is_with_the_learner(tmp_path: P
     ]
 
 
+def test_versions_that_wait_for_servers_are_on_the_learners_gpu(tmp_path: Path) -> None:
+    of_files, of_nccl = (plan(tmp_path, parse_devices("2x80"), rl__publish=publish) for publish in ("files", "nccl"))
+
+    learners = [next(item for item in found if item.device == "GPU 1") for found in (of_files, of_nccl)]
+    # Three of the top 12 layers and the last norm, in bf16: 3 x 2 x (12 x 3,540,096 + 576)
+    assert learners[1].parts.weights - learners[0].parts.weights == 3 * 84_963_456
+
+
 def test_in_turns_everyone_is_on_the_first_gpu(tmp_path: Path) -> None:
     processes = plan(tmp_path, parse_devices("2x80"), rl__max_staleness=0)
 
@@ -101,14 +109,14 @@ def test_a_gold_model_is_held_where_it_labels_and_judges(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [((), 0.92), (("--gpu-memory-utilization=0.5",), 0.5), (("--gpu-memory-utilization", "0.4", "-x"), 0.4)],
+    [((), 0.92), (("--gpu-memory-utilization=0.5",), 0.5), (("--gpu_memory_utilization", "0.4", "-x"), 0.4)],
 )
 def test_vllm_takes_the_share_it_is_given(arguments: tuple[str, ...], expected: float) -> None:
     assert find_utilization(arguments) == expected
 
 
 def test_a_server_is_cut_over_its_gpus_and_needs_as_many(tmp_path: Path) -> None:
-    assert count_shards(("--tensor-parallel-size=2",)) == 2
+    assert count_shards(("--tensor_parallel_size=2",)) == 2
     arguments = ["--tensor-parallel-size=2"]
 
     processes = plan(tmp_path, parse_devices("4x80"), generation__engine_args=arguments)

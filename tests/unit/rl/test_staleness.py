@@ -290,6 +290,15 @@ def test_data_of_version_3_is_too_old_after_its_last_first_update(
     assert rule.is_too_old(version=3, update=last + 1)
 
 
+def test_a_server_that_drains_may_have_a_version_waiting_for_each_rollout() -> None:
+    def count(max_staleness: int, cycle: int, *, in_flight: bool) -> int:
+        return StalenessRule(max_staleness, cycle, 1, 4).count_published(in_flight=in_flight)
+
+    assert [count(number, 1, in_flight=False) for number in (0, 1, 4)] == [3, 3, 6]
+    assert count(7, 4, in_flight=False) == 4  # 7 updates are two rollouts
+    assert count(16, 1, in_flight=True) == 3
+
+
 def test_places_follow_the_updates_of_first_epochs() -> None:
     rule = StalenessRule(max_staleness=7, updates_per_rollout=2, epochs_per_rollout=2, prompts_per_update=3)
 

@@ -72,6 +72,35 @@ def test_what_is_trained_is_published_in_the_order_of_the_layers(model: PreTrain
     assert (update.policy_version, update.is_temporary) == (3, update.path is not None)
 
 
+def test_in_shared_memory_a_file_is_used_again_once_no_generator_needs_it(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.rl.weights.SHARED_MEMORY", tmp_path)
+    publisher = FilesPublisher(tmp_path / "weights", PROBE)
+
+    def publish(version: int) -> tuple[Path, dict[str, Tensor]]:
+        with torch.no_grad():
+            for item in model.parameters():
+                item.add_(1.0)
+        path = publisher.write(Trained(model), version).path
+        assert path is not None
+        return path, collect_trained(model)
+
+    first, _ = publish(1)
+    used = first.stat().st_ino
+    second, said_second = publish(2)
+    first.unlink()
+    third, said_third = publish(3)
+    fourth, said_fourth = publish(4)
+
+    assert third.stat().st_ino == used
+    assert len({path.stat().st_ino for path in (second, third, fourth)}) == 3
+    for path, said in ((second, said_second), (third, said_third), (fourth, said_fourth)):
+        read = load_file(path)
+        assert read.keys() == said.keys()
+        assert all(torch.equal(read[name], said[name]) for name in said)
+
+
 def test_the_probe_reads_what_is_never_trained_once_and_says_the_same(model: PreTrainedModel) -> None:
     probe = ProbeText(tuple(range(40, 140)), "fp32", 0.3, trunk_depth=1)
     lower, upper = model.model.layers
