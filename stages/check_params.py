@@ -17,6 +17,8 @@ from stages.models.config import ModelConfig
 from stages.reward.config import PairsConfig, RewardConfig
 from stages.rl.algorithm_config import DpoConfig, check_greedy_max_tokens
 from stages.rl.config import RlConfig
+from stages.rl.scorer import resolve_missing_eos_score
+from stages.scoring.rule import SCORE_RANGE
 from stages.sft.config import SftConfig
 
 SECTIONS: dict[str, type[Section]] = {
@@ -103,16 +105,36 @@ def _check_combinations(path: Path) -> list[str]:
     reward = load_section("reward", RewardConfig, path)
     if isinstance(data.task.scorers()[0], RuleScorer) and reward.classifier is not None:
         problems.append("reward.classifier: the task has a rule, which RL trains on; set it to null")
-    if isinstance(data.task.scorers()[0], RuleScorer) or reward.classifier is not None:
-        return problems  # no reward model is trained
+    has_rule = isinstance(data.task.scorers()[0], RuleScorer)
+    if has_rule:
+        problems += _check_missing_eos_score(rl)
+    return problems + _check_max_tokens(rl, generation, reward, has_model=not has_rule and reward.classifier is None)
+
+
+def _check_missing_eos_score(rl: RlConfig) -> list[str]:
+    """A rule's scores are known before anything has run."""
+    try:
+        resolve_missing_eos_score(rl.missing_eos_score, SCORE_RANGE)
+    except SettingError as error:
+        return [str(error)]
+    return []
+
+
+def _check_max_tokens(
+    rl: RlConfig, generation: GenerationConfig, reward: RewardConfig, *, has_model: bool
+) -> list[str]:
+    """Whether a reward model, or offline DPO, is trained on texts as long as those that are sampled."""
     longest = generation.max_prompt_tokens + generation.max_new_tokens
-    max_tokens = reward.max_tokens
-    if max_tokens < longest:
-        problems.append(
-            f"reward.max_tokens={max_tokens} is below generation.max_prompt_tokens + generation.max_new_tokens "
-            f"= {longest}: the reward model would score completions longer than it was trained on"
-        )
-    return problems
+    is_offline = isinstance(rl.algorithm, DpoConfig)
+    if reward.max_tokens >= longest or not (has_model or is_offline):
+        return []
+    what = "the reward model would score completions longer than it was trained on"
+    if not has_model:
+        what = "rl.algorithm.name='dpo' would train on the shorter pairs alone"
+    return [
+        f"reward.max_tokens={reward.max_tokens} is below generation.max_prompt_tokens + generation.max_new_tokens "
+        f"= {longest}: {what}"
+    ]
 
 
 def _check_turns(data: DataConfig, model: ModelConfig) -> list[str]:

@@ -26,11 +26,15 @@ class Inbox:
         start_scoring: starts the scoring process, given what to call with results and with a failure; None: groups
             are scored when they are trained on.
         record: told when the scoring process works.
+        kind: what it does then: `score`, with the reference where it has that too, or `reference` alone.
     """
 
-    def __init__(self, generator: Generator, start_scoring: StartScoring | None, record: RecordSpan) -> None:
+    def __init__(
+        self, generator: Generator, start_scoring: StartScoring | None, record: RecordSpan, kind: str = "score"
+    ) -> None:
         self._generator = generator
         self._record = record
+        self._kind = kind
         self._scoring: ScoringProcess | None = None
         if start_scoring is None:
             return
@@ -67,7 +71,8 @@ class Inbox:
         assert self._scoring is not None
         self._sampled[sampled.ticket.number] = sampled
         self._sent[sampled.ticket.number] = time.monotonic()
-        self._scoring.submit(sampled.ticket.number, sampled.group)
+        # Evaluations have numbers below 0.
+        self._scoring.submit(sampled.ticket.number, sampled.group, with_reference=sampled.ticket.number >= 0)
 
     @property
     def is_scoring(self) -> bool:
@@ -94,7 +99,7 @@ class Inbox:
     def _deliver(self, key: int, scored: ScoredGroup) -> None:
         sampled, now = self._sampled.pop(key), time.monotonic()
         # It works on one group after the other.
-        self._record(SCORER, "score", max(self._sent.pop(key), self._free_since), now, sampled.policy_version)
+        self._record(SCORER, self._kind, max(self._sent.pop(key), self._free_since), now, sampled.policy_version)
         self._free_since = now
         self._arrivals.put(Sampled(sampled.ticket, sampled.group, scored))
 

@@ -201,9 +201,10 @@ class Loop:
 
     def _checkpoint(self) -> None:
         training, parts, version = self._training, self._parts, self._training.learner.updates
-        with training.timeline.span(LEARNER, "checkpoint", version):
-            if self._config.weight_update == "drain":
+        if self._config.weight_update == "drain":
+            with training.timeline.span(LEARNER, "wait", version):
                 parts.sampling.settle(version)
+        with training.timeline.span(LEARNER, "checkpoint", version):
             self._progress.num_samples = parts.sampling.num_samples
             state: dict[str, Any] = {
                 "progress": self._progress.to_state(),
@@ -225,7 +226,7 @@ class Loop:
         ledger = read_ledger(self._parts.ledger.path)
         for recorded in ledger.updates() if wanted else ():
             if recorded.update in wanted:
-                self._rollout.append(rebuild_mini_batch(recorded, ledger, self._training.preparation))
+                self._rollout.append(rebuild_mini_batch(recorded, ledger, self._training.preparation, is_resumed=True))
 
     def _counts(self) -> dict[str, float]:
         sampling = self._parts.sampling

@@ -175,11 +175,21 @@ def describe_staleness(values: Sequence[int]) -> dict[str, Mean]:
     return {"rollout/staleness": Mean(sum(values), len(values)), "rollout/staleness/max": Mean(max(values), 1)}
 
 
-def rebuild_mini_batch(recorded: RecordedUpdate, ledger: LedgerReader, preparation: Preparation) -> MiniBatch:
+def rebuild_mini_batch(
+    recorded: RecordedUpdate, ledger: LedgerReader, preparation: Preparation, *, is_resumed: bool
+) -> MiniBatch:
     """The mini-batch of a recorded update, bit for bit.
 
+    Args:
+        recorded: the update.
+        ledger: its samples.
+        preparation: models and algorithm of this run.
+        is_resumed: whether proximal log-probabilities and values are those on record, as the learner has trained on
+            these samples since; else they are this learner's own.
+
     Raises:
-        InputError: the algorithm chooses or weights other completions than the recorded one did.
+        InputError: the algorithm chooses or weights other completions than the recorded one did, or needs
+            log-probabilities of the reference that are not on record.
     """
     groups = ledger.groups(recorded.keys)
     completions = {(key, item.sample_index, item.is_greedy): item for key, group in groups.items() for item in group}
@@ -187,9 +197,15 @@ def rebuild_mini_batch(recorded: RecordedUpdate, ledger: LedgerReader, preparati
         (row for row in recorded.rows if row.micro_batch is not None), key=lambda row: (row.micro_batch, row.place)
     )
     split = [
-        [_recorded_member(row, completions[row.key, row.sample_index, row.is_greedy]) for row in rows]
+        [_recorded_member(row, completions[row.key, row.sample_index, row.is_greedy], is_resumed) for row in rows]
         for _, rows in groupby(chosen, key=lambda row: row.micro_batch)
     ]
+    needs_reference = preparation.algorithm.needs_reference and preparation.reference is None
+    if needs_reference and any(row.reference_logprobs is None for row in chosen):
+        raise InputError(
+            f"rl.replay_from: update {recorded.update} was recorded without log-probabilities of the reference, which "
+            "rl.algorithm needs now (kl_coef or kl_loss_coef above 0); set it as it was"
+        )
     # Scores of each group in the order of its completions; a sample in two units has two rows.
     unique = {(row.key, row.sample_index, row.is_greedy): row for row in recorded.rows}
     scores = [unique[key].score for key in completions]
@@ -223,7 +239,7 @@ def _require_same_units(
         )
 
 
-def _recorded_member(row: TrainedRow, completion: Completion) -> Member:
+def _recorded_member(row: TrainedRow, completion: Completion, is_resumed: bool) -> Member:
     assert row.unit is not None
     return Member(
         row=-1,
@@ -232,8 +248,8 @@ def _recorded_member(row: TrainedRow, completion: Completion) -> Member:
         completion=completion,
         advantage=row.advantage,
         reference_logprobs=row.reference_logprobs,
-        proximal_logprobs=row.proximal_logprobs,
-        values=row.values,
+        proximal_logprobs=row.proximal_logprobs if is_resumed else None,
+        values=row.values if is_resumed else None,
     )
 
 

@@ -32,7 +32,7 @@ from stages.learner.launch import open_ranks
 from stages.learner.layout import settle_stage
 from stages.learner.ranks import Ranks
 from stages.learner.trainable import count_shared_blocks, load_trained_policy, shares_prompts
-from stages.models.load import list_devices
+from stages.models.load import list_devices, require_context
 from stages.models.sharding import call_as_forward
 from stages.rl.algorithm_config import DpoConfig
 from stages.rl.config import RlConfig
@@ -160,6 +160,7 @@ def train_offline(
     logger.info("nothing is sampled, so these settings have no effect: %s", ", ".join(list_unused()))
     train, lengths = _read_pairs(inputs, "train")
     validation, _ = _read_pairs(inputs, "validation")
+    require_context(inputs.sft, max(map(len, train + validation)), f"reward.max_tokens={inputs.max_tokens}")
     devices = _place_learner(config)
     check_launched(devices)
     pin_this_process(devices)

@@ -72,7 +72,7 @@ class ScoredGroup:
     scores: tuple[float, ...]
     """With the missing-EOS rule applied; empty if the job names no reward model."""
     reference_logprobs: tuple[tuple[float, ...] | None, ...] | None
-    """One per token, in nats; None for completions that are not trained on, or if the job names no reference.
+    """One per token, in nats; None for completions that are not trained on, or if there is no reference for the group.
     Without scores it is not known which are trained on: then all sampled completions have them."""
 
 
@@ -127,7 +127,7 @@ class ScoringProcess:
         self._environment = _make_environment(settings)
         self._on_result = on_result
         self._on_failure = on_failure
-        self._inbox: SimpleQueue[tuple[int, Group] | None] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[int, Group, bool] | None] = SimpleQueue()
         self._lock = threading.Lock()  # over `_child` and `_is_closed`: nothing is started once closed
         self._child: _Child | None = None
         self._is_closed = False
@@ -143,15 +143,20 @@ class ScoringProcess:
         child = self._child
         return None if child is None else child.process.pid
 
-    def submit(self, key: int, group: Sequence[Completion]) -> None:
+    def submit(self, key: int, group: Sequence[Completion], *, with_reference: bool = True) -> None:
         """Have a group scored; returns at once.
+
+        Args:
+            key: of its result.
+            group: completions of one prompt.
+            with_reference: whether it is trained on, as an evaluation's is not.
 
         Raises:
             RunError: no more groups can be scored.
         """
         if self._failure is not None:
             raise self._failure
-        self._inbox.put((key, tuple(group)))
+        self._inbox.put((key, tuple(group), with_reference))
 
     def wait_until_ready(self) -> None:
         """Return when the models are loaded.
@@ -204,8 +209,8 @@ class ScoringProcess:
         self._failure = error
         self._on_failure(error)
 
-    def _answer(self, key: int, group: Group) -> None:
-        result = self._insist(lambda child: child.score(group))
+    def _answer(self, key: int, group: Group, with_reference: bool) -> None:
+        result = self._insist(lambda child: child.score(group, with_reference))
         self._num_losses = 0
         self._on_result(key, result)
 
@@ -280,12 +285,12 @@ class _Child:
                 self._connection = self._accept()
                 self._ask(self._connection, self._job)
 
-    def score(self, group: Group) -> ScoredGroup:
+    def score(self, group: Group, with_reference: bool) -> ScoredGroup:
         """What it answers for a group."""
         self.load()
         assert self._connection is not None
         with self._deadline("rl.score_timeout_s", self._settings.timeout_s):
-            scored: ScoredGroup = self._ask(self._connection, group)
+            scored: ScoredGroup = self._ask(self._connection, (group, with_reference))
         return scored
 
     def kill(self) -> None:
@@ -330,7 +335,7 @@ class _Child:
             return False
         return True
 
-    def _ask(self, connection: "Connection[Any, Any]", message: ScoringJob | Group) -> Any:
+    def _ask(self, connection: "Connection[Any, Any]", message: ScoringJob | tuple[Group, bool]) -> Any:
         try:
             connection.send(message)
             answer = connection.recv()

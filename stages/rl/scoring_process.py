@@ -39,13 +39,13 @@ class GroupScorer:
             model = load_frozen(job.sft, job.dtype)
             self._reference = Reference(model, job.dtype, job.temperature)
 
-    def score(self, group: Group) -> ScoredGroup:
+    def score(self, group: Group, with_reference: bool = True) -> ScoredGroup:
         """Scores of all completions, reference log-probabilities of those that are trained on."""
         scores: list[float] = []
         if self._scorer is not None:
             cut = self._job.algorithm.greedy_max_tokens
             scores = score_completions(self._scorer, group, self._job.missing_eos_score, greedy_max_tokens=cut)
-        if self._reference is None:
+        if self._reference is None or not with_reference:
             return ScoredGroup(tuple(scores), None)
         rows = self._select_rows(group, scores)
         logprobs = compute_reference_logprobs(self._reference, group, rows, self._job)
@@ -53,8 +53,6 @@ class GroupScorer:
 
     def _select_rows(self, group: Group, scores: Sequence[float]) -> list[int]:
         sampled = [row for row, completion in enumerate(group) if not completion.is_greedy]
-        if len(sampled) < self._job.algorithm.num_samples:
-            return []  # an evaluation's: nobody trains on it, and the algorithm could not choose among so few
         if self._scorer is None:
             return sampled
         units, _ = self._job.algorithm.select(build_rollout([group], scores))
@@ -95,7 +93,7 @@ def _serve(connection: "Connection[Any, Any]") -> None:
             keep_to(parse_cores(os.environ[CORES_VARIABLE]))
         connection.send(None)
         while True:
-            connection.send(scorer.score(connection.recv()))
+            connection.send(scorer.score(*connection.recv()))
     except (EOFError, ConnectionError):
         return  # the owner hung up
     except Exception as error:

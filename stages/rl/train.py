@@ -121,25 +121,23 @@ def train_policy(
     """
     placement = _place(config, generation)
     prompts = _read_prompts(inputs, config, generation)
-    setting = _Setting(inputs, config, generation, make_algorithm(config, generation), placement, prompts, workdir)
+    lowest = resolve_missing_eos_score(config.missing_eos_score, read_score_range(inputs.reward))
+    algorithm = make_algorithm(config, generation)
+    setting = _Setting(inputs, config, generation, algorithm, placement, prompts, lowest, workdir)
     timeline = Timeline(workdir / TIMELINE)
     if config.replay_from is not None:
-        warn_unless_watched(Path(config.replay_from), WATCHED)
-        recording = open_recording(Path(config.replay_from), make_header(setting))
-        with _open_ranks(setting) as ranks:
-            training, progress = _make_training(setting, timeline, log_metrics, ranks), Progress()
-            replay(recording, training, progress)
-            _save(training, progress, Path(config.replay_from), save_to)
-        return Result(progress, timeline, {}, 0, prompts.num_too_long)
+        return _replay(setting, Path(config.replay_from), timeline, log_metrics, save_to)
     with ExitStack() as stack:
         scratch = stack.enter_context(_open_scratch(setting))
         stop = stack.enter_context(StopSignals())
         generator = stack.enter_context(_start_generator(setting, timeline, scratch))
         ranks = stack.enter_context(_open_ranks(setting))
         training = _make_training(setting, timeline, log_metrics, ranks)
-        inbox = Inbox(generator, _scoring_starter(setting, training.preparation), timeline.add)
+        kind = "score" if config.score_on == "generator" else "reference"
+        inbox = Inbox(generator, _scoring_starter(setting, training.preparation), timeline.add, kind)
         stack.callback(inbox.close)
         ledger = Ledger.open(workdir / LEDGER, make_header(setting))
+        stack.callback(ledger.flush)  # what explains an error that ends the run
         publisher = _make_publisher(setting, scratch, ranks, training.preparation.learner.trunk_depth)
         parts = _make_loop_parts(setting, generator, inbox, ledger, stop, publisher)
         progress = _resume(training, parts)
@@ -149,6 +147,18 @@ def train_policy(
         _save(training, progress, ledger.path, save_to)
     dropped = dict(parts.sampling.dropped)
     return Result(progress, timeline, dropped, parts.publisher.num_bytes, prompts.num_too_long)
+
+
+def _replay(
+    setting: "_Setting", ledger: Path, timeline: Timeline, log_metrics: LogMetrics, save_to: PolicyOutputs
+) -> Result:
+    warn_unless_watched(ledger, WATCHED)
+    recording = open_recording(ledger, make_header(setting))
+    with _open_ranks(setting) as ranks:
+        training, progress = _make_training(setting, timeline, log_metrics, ranks), Progress()
+        dropped = replay(recording, training, progress)
+        _save(training, progress, ledger, save_to)
+    return Result(progress, timeline, dropped, 0, setting.prompts.num_too_long)
 
 
 def _place(config: RlConfig, generation: GenerationConfig) -> Placement:
@@ -215,6 +225,7 @@ class _Setting:
     algorithm: Algorithm
     placement: Placement
     prompts: _Prompts
+    missing_eos_score: float
     workdir: Path
 
 
@@ -290,7 +301,7 @@ def _make_training(setting: _Setting, timeline: Timeline, log_metrics: LogMetric
     preparation = Preparation(
         algorithm=algorithm,
         scorer=load_scorer(inputs.reward, dtype, max_tokens) if is_local else None,
-        missing_eos_score=resolve_missing_eos_score(config.missing_eos_score, read_score_range(inputs.reward)),
+        missing_eos_score=setting.missing_eos_score,
         reference=references.load() if reads_reference(algorithm, are_recorded=are_recorded) else None,
         learner=policy,
         max_tokens=max_tokens,

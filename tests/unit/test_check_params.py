@@ -74,6 +74,27 @@ def test_a_task_with_a_rule_needs_no_room_for_a_reward_model(tmp_path: Path, mon
     main()
 
 
+@pytest.mark.parametrize(
+    ("rl", "message"),
+    [
+        ({"missing_eos_score": 0.5}, r"^rl.missing_eos_score=0.5 is above 0.000"),
+        ({"algorithm": {"name": "dpo"}}, r"reward.max_tokens=136 .* = 488: rl.algorithm.name='dpo' would train on the"),
+    ],
+)
+def test_with_a_rule_scores_and_lengths_are_checked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rl: dict[str, Any], message: str
+) -> None:
+    params = read_params()
+    params["data"]["task"] = {"name": "problems", "source": "inputs/data/a.jsonl"}
+    params["generation"]["max_new_tokens"] = 400
+    params["rl"] |= rl
+    YAML().dump(params, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SettingError, match=message):
+        main()
+
+
 def test_wrong_settings_of_all_sections_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = read_params()
     params["sft"]["num_epochs"] = 0

@@ -72,7 +72,7 @@ class LedgerReader:
         """All updates in the order they were written.
 
         Args:
-            with_logprobs: without them reading is faster, and both fields of every row are None.
+            with_logprobs: without them reading is faster, and these fields of every row are None.
         """
         skipped = () if with_logprobs else _LOGPROBS
         columns = [name for name in SCHEMAS["updates"].names if name not in skipped]

@@ -196,7 +196,31 @@ def test_another_algorithm_cannot_be_trained_on_what_a_recorded_one_chose(
     recorded, reader = record(tmp_path, sampled, prepare(make_preparation(recorded_by), sampled))
 
     with pytest.raises(InputError, match=r"rl\.replay_from: update 3 was recorded with another rl\.algorithm"):
-        rebuild_mini_batch(recorded, reader, make_preparation(replayed_by))
+        rebuild_mini_batch(recorded, reader, make_preparation(replayed_by), is_resumed=False)
+
+
+def test_a_recording_without_the_reference_is_not_replayed_where_it_is_needed(tmp_path: Path) -> None:
+    sampled = [make_sampled(4), make_sampled(5)]
+    plain, charged = (make("rloo", samples_per_prompt=3, kl_coef=kl_coef) for kl_coef in (0.0, 0.1))
+    recorded, reader = record(tmp_path, sampled, prepare(make_preparation(plain), sampled))
+    preparation = replace(make_preparation(charged), reference=None)
+
+    with pytest.raises(InputError, match=r"rl\.replay_from: update 3 was recorded without log-probabilities"):
+        rebuild_mini_batch(recorded, reader, preparation, is_resumed=False)
+
+
+def test_in_a_replay_proximal_log_probabilities_are_the_learners_own(tmp_path: Path) -> None:
+    sampled = [make_sampled(4), make_sampled(5)]
+    preparation = make_preparation(WITH_PROXIMAL)
+    recorded, reader = record(tmp_path, sampled, prepare(preparation, sampled))
+    other = replace(preparation, learner=Reference(tiny_llama(2), "fp32", 1.0))
+
+    again = rebuild_mini_batch(recorded, reader, other, is_resumed=False)
+
+    for old, new in zip(prepare(other, sampled).micro_batches, again.micro_batches, strict=True):
+        assert old.inputs.proximal_logprobs is not None
+        assert new.inputs.proximal_logprobs is not None
+        assert torch.equal(old.inputs.proximal_logprobs, new.inputs.proximal_logprobs)
 
 
 @pytest.mark.parametrize("algorithm", [DPO, WITH_PROXIMAL, RLOO, GRPO])
@@ -207,7 +231,7 @@ def test_a_mini_batch_comes_back_from_the_ledger_bit_for_bit(tmp_path: Path, alg
     recorded, reader = record(tmp_path, sampled, mini_batch)
     # With other models behind it: everything must come from the ledger.
     elsewhere = replace(preparation, reference=preparation.learner, learner=preparation.reference)
-    again = rebuild_mini_batch(recorded, reader, elsewhere)
+    again = rebuild_mini_batch(recorded, reader, elsewhere, is_resumed=True)
 
     assert (again.num_units, again.rows) == (mini_batch.num_units, mini_batch.rows)
     for old, new in zip(mini_batch.micro_batches, again.micro_batches, strict=True):
