@@ -67,7 +67,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
     return (
         Script(
             "limits_generator.py",
-            ("--rounds", "1", "--updates", "2", *given),
+            ("--rounds", "1", "--updates", "2", "--prompts", "8", *given),
             (
                 Figure("generator / vLLM offline, at once", lambda r: r["summary"]["at once"]["ratio"], at_least=0.95),
                 Figure("generator / vLLM offline, window", lambda r: r["summary"]["window"]["ratio"], at_least=0.95),
@@ -92,7 +92,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
         ),
         Script(
             "limits_scaling.py",
-            ("--model", sft, "--rounds", "1", "--prompts", "4", "16", "--tokens", "24", "--layers", "30"),
+            ("--model", sft, "--rounds", "1", "--prompts", "4", "16", "--tokens", "24", "--layers", "15"),
             (
                 Figure("slope, learner against prompts", lambda r: r["summary"]["learner, prompts"]["slope"]),
                 Figure("slope, generator against prompts", lambda r: r["summary"]["generator, prompts"]["slope"]),
@@ -101,7 +101,10 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
         ),
         Script(
             "overlap.py",
-            ("--rounds", "1", "--updates", "4", "--arms", "sync, one core each", "async 1, drain", *given),
+            (
+                *("--rounds", "1", "--updates", "4", "--arms", "sync, one core each", "async 1, drain"),
+                *("--set", "rl.prompts_per_update=8", *given),
+            ),
             (
                 Figure("overlap efficiency", read_async("overlap_efficiency"), at_least=0.90),
                 Figure("publish / wall, between updates", read_async("publish_share"), at_most=0.02),

@@ -36,6 +36,7 @@ from stages.rl.mini_batch import Sampled
 from stages.rl.placement import Placement
 from stages.rl.timeline import Timeline
 from stages.rl.training import Training
+from stages.scoring.load import read_score_range
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 
@@ -135,6 +136,7 @@ def build_training(
         algorithm=train.make_algorithm(config, generation),
         placement=Placement((), "0"),
         prompts=train._Prompts([], []),
+        missing_eos_score=read_score_range(reward)[0],
         workdir=workdir,
     )
     return train._make_training(setting, Timeline(workdir / "timeline.jsonl"), lambda *_: None, ranks)

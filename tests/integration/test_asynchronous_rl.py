@@ -337,6 +337,9 @@ def test_a_reward_that_tells_nothing_apart_ends_the_run(
         tiny_rl.run(directory, generation)
 
     assert caplog.text.count("nothing to learn from these prompts") == 10
+    # Also those of the last mini-batch, after which nothing was trained or saved.
+    discarded = [event for event in read_ledger(directory / "work/ledger").events if event.kind == "discarded"]
+    assert len(discarded) == 10 * tiny_rl.SETTINGS["prompts_per_update"]
 
 
 def test_a_ledger_that_is_not_complete_is_not_replayed(inputs: Path, tmp_path: Path) -> None:
