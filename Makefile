@@ -131,7 +131,7 @@ export: setup ## write the policy as a plain model folder
 drill: setup ## crash drill of the RL stage: 55 times SIGKILL or SIGSTOP in 40 minutes
 	@$(BIN)/python bench/drill.py
 
-bench: setup ## all benchmarks at a small size, in one table with their targets (15 minutes or more; OPTIONS="--only ranks.py")
+bench: setup ## all benchmarks at a small size, in one table with their targets (about 15 minutes; OPTIONS="--only ranks.py")
 	@$(BIN)/python bench/all.py $(OPTIONS)
 
 study: setup ## the papers' tables on this code, a queue that goes on where it was (STUDY=staleness HOURS=3 WORKSPACE=DIR)

@@ -101,10 +101,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
         ),
         Script(
             "overlap.py",
-            (
-                *("--rounds", "1", "--updates", "4", "--arms", "sync, one core each", "async 1, drain"),
-                *("--set", "rl.prompts_per_update=8", *given),
-            ),
+            ("--rounds", "1", "--updates", "5", "--arms", "sync, one core each", "async 1, drain", *given),
             (
                 Figure("overlap efficiency", read_async("overlap_efficiency"), at_least=0.90),
                 Figure("publish / wall, between updates", read_async("publish_share"), at_most=0.02),

