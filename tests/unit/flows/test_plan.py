@@ -43,7 +43,7 @@ def test_every_recipe_is_complete_and_in_the_table(recipe: Path) -> None:
     ("devices", "free_bytes", "exit_code", "line"),
     [
         (CPU, 100 * GIB, 0, "fits: the fullest is memory in train_policy"),
-        (CPU, 1 * GIB, EXIT_NO_ROOM, "does not fit: 2.0 GiB are missing"),
+        (CPU, 1 * GIB, EXIT_NO_ROOM, "does not fit: 1.5 GiB are missing"),
         (Devices(False, (0, 1), 4 * GIB), None, EXIT_NO_ROOM, "does not fit: train_policy needs"),
         (parse_devices("1x4"), None, EXIT_NO_ROOM, "does not fit: train_policy needs"),
     ],
