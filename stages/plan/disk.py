@@ -73,8 +73,7 @@ def _list_kept(settings: Settings, run: RunPlan, model: float) -> list[DiskItem]
 def _list_published(settings: Settings, policy: Architecture) -> list[DiskItem]:
     """Where they have a directory of their own; else they are in shared memory if it has room."""
     config = settings.rl
-    is_live = not config.is_offline and config.replay_from is None
-    if not is_live or config.publish != "files" or config.generator.weights_dir is None:
+    if not config.is_live or config.publish != "files" or config.generator.weights_dir is None:
         return []
     return [DiskItem(config.generator.weights_dir, count_published(config, policy), "published weights", True)]
 

@@ -149,7 +149,7 @@ def count_published(config: RlConfig, policy: Architecture) -> float:
     learner = config.learner
     trained = Trained(policy, learner.trainable_layers, "rl.learner.trainable_layers", False, learner.lora)
     num = trained.num_trained if learner.lora is None else policy.num_parameters
-    return float(SIZES["bf16"] * num * config.rule.count_published(in_flight=config.weight_update == "in_flight"))
+    return float(SIZES["bf16"] * num * config.num_published)
 
 
 def _find_forward(trained: Trained, batch: Batch, config: LearnerConfig, *, is_gpu: bool) -> _Moment:

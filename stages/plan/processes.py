@@ -168,7 +168,7 @@ def _train_policy(settings: Settings, models: Models, update: UpdatePlan, device
     extra = [*_list_scorer(settings, models, update, devices), *_list_published(settings, models)]
     places = _find_places(config.learner, numbers, devices)
     yield from _list_ranks("train_policy", _name_learner(settings), places, held, of_first=extra)
-    if not _is_live(settings):
+    if not config.is_live:
         return
     groups = [tuple(sorted(parse_cores(item))) for item in placement.generators]
     yield from _list_servers("train_policy", settings, models.policy, groups, devices)
@@ -206,17 +206,13 @@ def _list_scorer(settings: Settings, models: Models, update: UpdatePlan, devices
 def _list_published(settings: Settings, models: Models) -> Iterator[ModelBytes]:
     """Versions that wait on the learner's GPU for the servers, where they travel without a file."""
     config = settings.rl
-    if _is_live(settings) and config.publish != "files":
+    if config.is_live and config.publish != "files":
         yield ModelBytes(weights=count_published(config, models.policy))
-
-
-def _is_live(settings: Settings) -> bool:
-    return not settings.rl.is_offline and settings.rl.replay_from is None
 
 
 def _has_scorer(settings: Settings) -> bool:
     config = settings.rl
-    return _is_live(settings) and config.score_on == "learner" and not settings.has_rule
+    return config.is_live and config.score_on == "learner" and not settings.has_rule
 
 
 def _find_places(learner: LearnerConfig, numbers: Sequence[int], devices: Devices) -> list[str]:

@@ -77,11 +77,21 @@ class RlConfig(Section):
         return isinstance(self.algorithm, DpoConfig)
 
     @property
+    def is_live(self) -> bool:
+        """Whether the run has a generator: it neither is offline nor replays a recorded run."""
+        return not self.is_offline and self.replay_from is None
+
+    @property
     def rule(self) -> StalenessRule:
         """The bound and the shape of a rollout."""
         return StalenessRule(
             self.max_staleness, self.updates_per_rollout, self.epochs_per_rollout, self.prompts_per_update
         )
+
+    @property
+    def num_published(self) -> int:
+        """See StalenessRule.count_published."""
+        return self.rule.count_published(in_flight=self.weight_update == "in_flight")
 
     @model_validator(mode="after")
     def check_rollouts(self) -> Self:

@@ -253,8 +253,7 @@ def _open_scratch(setting: _Setting) -> AbstractContextManager[Path]:
     config = setting.config
     weights = setting.inputs.sft.glob("*.safetensors") if config.publish == "files" else ()
     num_bytes = sum(path.stat().st_size for path in weights)  # in bf16, as they are published
-    num_bytes *= config.rule.count_published(in_flight=config.weight_update == "in_flight")
-    return open_scratch(config.generator.weights_dir, setting.workdir / "weights", num_bytes)
+    return open_scratch(config.generator.weights_dir, setting.workdir / "weights", num_bytes * config.num_published)
 
 
 def _start_generator(setting: _Setting, timeline: Timeline, scratch: Path) -> AbstractContextManager[Generator]:

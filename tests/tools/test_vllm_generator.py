@@ -302,11 +302,12 @@ def test_completions_end_with_the_end_token_or_at_the_limit(served: str, models:
 
 
 def test_the_samples_of_a_short_prompt_read_it_once(served: str, models: Models) -> None:
-    before = count_tokens(served, "prefix_cache_hits")
     prompt = Request("long", tuple(range(10, 10 + 40)), seed=0)  # a block of 32 tokens and a part of one
     config = LONG.model_copy(update={"max_prompt_tokens": 40, "max_new_tokens": 4})
 
     with open_fleet(models, served, config=config) as fleet:
+        generate(fleet, REQUESTS[:1], SamplingPlan(num_samples=1))  # the server is up
+        before = count_tokens(served, "prefix_cache_hits")
         generate(fleet, [prompt], SamplingPlan(num_samples=5))
 
     assert count_tokens(served, "prefix_cache_hits") - before == 4 * 32
