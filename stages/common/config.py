@@ -1,5 +1,6 @@
 """How params.yaml is read: one closed pydantic section per step of the pipeline."""
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,7 +74,7 @@ def _describe(name: str, section: type[Section], values: dict[str, Any], problem
         case "missing":
             return f"{where}: missing"
         case "value_error":  # our own validators name the setting themselves
-            return str(problem["ctx"]["error"])
+            return _name_in_full(where, str(problem["ctx"]["error"]))
         case "union_tag_invalid":
             context = problem["ctx"]
             key = str(context["discriminator"]).strip("'")
@@ -82,6 +83,14 @@ def _describe(name: str, section: type[Section], values: dict[str, Any], problem
             return f"{where}.{str(problem['ctx']['discriminator']).strip(chr(39))}: missing"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{where}={problem['input']!r}: {message}"
+
+
+def _name_in_full(where: str, message: str) -> str:
+    """What a part that several sections have calls learner.x becomes sft.learner.x, where that is the place."""
+    keys = where.split(".")
+    for number, key in enumerate(keys[1:], start=2):
+        message = re.sub(rf"(?<![\w.]){re.escape(key)}\.", ".".join(keys[:number]) + ".", message)
+    return message
 
 
 def _keys(values: Any, loc: tuple[int | str, ...]) -> list[str]:

@@ -61,8 +61,8 @@ class Sampling:
         """Hand new weights to the generators and ask for what they may sample."""
         self._parts.generator.publish(update)
         self.published = update.policy_version
-        event = Event("published", update=update.policy_version, policy_version=update.policy_version)
-        self._parts.ledger.add_event(event)
+        ledger = self._parts.ledger  # its own count of the updates: a version may only be published once it is made
+        ledger.add_event(Event("published", ledger.num_updates, policy_version=update.policy_version))
 
     def request(self) -> None:
         """Send off every prompt that the published weights may sample."""

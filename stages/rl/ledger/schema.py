@@ -122,7 +122,7 @@ class Event:
 
     kind: EventKind
     update: int
-    """The learner's version when it happened."""
+    """The learner's version when it happened; of `published`, the updates the ledger had by then."""
     policy_version: int | None = None
     ticket: int | None = None
     attempt: int | None = None

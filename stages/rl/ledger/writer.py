@@ -10,7 +10,7 @@ from stages.common.errors import InputError
 from stages.common.publish import sync_path, write_json
 from stages.data.records import Completion
 from stages.rl.ledger.schema import TABLES, Event, LedgerHeader, Table, TrainedRow
-from stages.rl.ledger.segments import HEADER, ROLLED_BACK, find_segments, segment_number, write_segment
+from stages.rl.ledger.segments import HEADER, ROLLED_BACK, find_segments, list_chunks, segment_number, write_segment
 
 
 class Ledger:
@@ -21,6 +21,8 @@ class Ledger:
         self._path = path
         self._rows: dict[Table, list[dict[str, Any]]] = {table: [] for table in TABLES}
         self._next_segment = max((segment_number(segment) + 1 for segment in find_segments(path)), default=0)
+        self.num_updates = 0
+        """Updates it has."""
 
     @property
     def path(self) -> Path:
@@ -54,6 +56,7 @@ class Ledger:
     def add_update(self, rows: Iterable[TrainedRow]) -> None:
         """Record one update: a row for each sample of its mini-batch, in several units one for each."""
         self._rows["updates"] += [_as_row(row) for row in rows]
+        self.num_updates += 1
 
     def add_event(self, event: Event) -> None:
         """Record an event."""
@@ -95,6 +98,7 @@ class Ledger:
         for rows in self._rows.values():
             rows.clear()
         self._next_segment = offset
+        self.num_updates = _count_updates(self._path)
 
 
 def require_same(path: Path, header: LedgerHeader) -> None:
@@ -112,6 +116,13 @@ def require_same(path: Path, header: LedgerHeader) -> None:
     if names:
         differences = ", ".join(f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in names)
         raise InputError(f"{path}: the ledger belongs to another run: {differences}")
+
+
+def _count_updates(path: Path) -> int:
+    return 1 + max(
+        (number for chunk in list_chunks(path)["updates"] for number in chunk.read(["update"])["update"].to_pylist()),
+        default=-1,
+    )
 
 
 def _move_aside(directory: Path, segments: Sequence[Path]) -> None:

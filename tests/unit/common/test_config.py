@@ -1,8 +1,8 @@
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pytest
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from ruamel.yaml import YAML
 
 from stages.check_params import SECTIONS
@@ -15,6 +15,13 @@ class Small(Section):
 
     name: Literal["small"]
     size: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def check_size(self) -> Self:
+        """As a part of several sections does."""
+        if self.size == 13:
+            raise ValueError("kind.size=13 with sft.lr or mankind.size; set kind.size to 12")
+        return self
 
 
 class Large(Section):
@@ -47,6 +54,10 @@ def test_numbers_are_those_of_yaml_1_2_as_dvc_reads_them(tmp_path: Path) -> None
         ("sft: {kind: {name: small}, lrr: 1}", "sft.lrr: unknown setting; settings are kind, lr"),
         ("sft: {kind: {name: small, colour: 1}}", "sft.kind.colour: unknown setting"),
         ("sft: {kind: {name: small, size: 0}}", "sft.kind.size=0: input should be greater than 0"),
+        (
+            "sft: {kind: {name: small, size: 13}}",
+            "sft.kind.size=13 with sft.lr or mankind.size; set sft.kind.size to 12",
+        ),
         ("sft: {kind: {name: big}}", "sft.kind.name='big': allowed: 'small', 'large'"),
         ("sft: {kind: {size: 3}}", "sft.kind.name: missing"),
         ("sft: {lr: 2}", "sft.kind: missing"),
@@ -93,12 +104,12 @@ def test_the_projects_own_params_are_valid_and_every_section_has_a_class() -> No
         ("remax", {"kl_loss_estimator": "k1"}, "rl.algorithm.kl_loss_estimator='k1' has no gradient in expectation"),
         ("rloo", {"samples_per_prompt": 1}, "rl.algorithm.samples_per_prompt=1: input should be greater than or"),
         ("grpo", {"kl_coef": 0.1}, "rl.algorithm.kl_coef=0.1: "),
-        ("grpo", {"normaliser": {"by": "per_token", "tokens": 48}}, "normaliser.tokens=48"),
+        ("grpo", {"normaliser": {"by": "per_token", "tokens": 48}}, "rl.algorithm.normaliser.tokens=48"),
         ("ppo", {"correction": {"kind": "token_tis"}}, "allowed here: 'none', 'decoupled'"),
         (
             "ppo",
             {"correction": {"max_weight": 5}},
-            "correction.max_weight=5.0 does nothing with correction.kind='none'",
+            "correction.max_weight=5.0 does nothing with rl.algorithm.correction.kind='none'",
         ),
         ("proximal_rloo", {"normaliser": {"by": "per_token"}}, "leave normaliser out"),
         ("reinforce_pp", {"samples_per_prompt": 1, "baseline": "group_mean"}, "leaves no reward"),

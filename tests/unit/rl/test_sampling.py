@@ -21,6 +21,7 @@ from stages.rl.scoring import ScoringProcess
 from stages.rl.staleness import Admission, StalenessRule
 from stages.rl.stopping import StopSignals
 from tests.fakes import FakeGenerator
+from tests.unit.rl.ledger.recorded_run import make_rows, make_run
 
 HEADER = LedgerHeader(
     max_staleness=0,
@@ -142,6 +143,19 @@ def test_a_group_that_comes_too_old_is_dropped_and_its_prompt_sampled_again(tmp_
     events = [event for event in read_ledger(tmp_path).events if event.kind == "dropped"]
     assert [(event.ticket, event.attempt, event.reason) for event in events] == [(2, 0, "stale")]
     assert sampling.dropped == {"stale": 1}
+
+
+def test_the_ledger_says_how_many_updates_it_had_when_weights_were_published(tmp_path: Path) -> None:
+    sampling, _, ledger = make_sampling(tmp_path)
+    sampling.publish(WeightsUpdate(0, tmp_path))
+    ledger.add_update(make_rows(0, make_run().groups))
+    sampling.publish(WeightsUpdate(1, tmp_path))
+    sampling.publish(WeightsUpdate(2, tmp_path))  # too early
+    ledger.flush()
+
+    events = read_ledger(tmp_path).events
+
+    assert [(event.policy_version, event.update) for event in events] == [(0, 0), (1, 1), (2, 1)]
 
 
 class LosingOnce(SlowScoring):

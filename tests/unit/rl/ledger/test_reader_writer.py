@@ -236,6 +236,19 @@ def test_rolling_back_forgets_rows_that_were_not_flushed(tmp_path: Path) -> None
     ledger.roll_back_to(0)
 
     assert ledger.flush() == 0
+    assert ledger.num_updates == 0
+
+
+def test_the_ledger_counts_the_updates_it_has_after_a_roll_back_too(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path, HEADER)
+    for update in range(3):
+        ledger.add_update(make_rows(update, make_run().groups))
+        ledger.flush()
+    resumed = Ledger.open(tmp_path, HEADER)
+
+    resumed.roll_back_to(2)
+
+    assert (ledger.num_updates, resumed.num_updates) == (3, 2)
 
 
 def test_a_checkpoint_that_counts_on_missing_segments_is_refused(tmp_path: Path) -> None:
