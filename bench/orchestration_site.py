@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 import psutil
-from drill import list_children
+from drill_run import list_children
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError

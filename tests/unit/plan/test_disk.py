@@ -1,6 +1,14 @@
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pytest
+
+from stages.data.batches import collate
+from stages.data.text import TokenSequence
+from stages.learner.config import LearnerConfig
+from stages.learner.engine import Learner
+from stages.learner.logprobs import compute_logprobs
+from stages.models.load import select_trainable
 from stages.plan.architecture import Architecture
 from stages.plan.batches import plan_run
 from stages.plan.disk import count_checkpoint, count_ledger, list_disk
@@ -16,6 +24,27 @@ def test_a_checkpoint_has_twelve_bytes_a_trained_parameter_and_shared_out_sixtee
     assert count_checkpoint(Trained(TINY, "all", "x"), 2) == 430_080
     assert count_checkpoint(Trained(TINY, 1, "x"), 0) == 111_744  # 12 x 9,312: what is frozen is not in it
     assert count_checkpoint(Trained(TINY, 1, "x", is_reward=True), 0) == 112_128  # 12 x 9,344
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("layers", ["all", 1])
+def test_a_real_checkpoint_is_as_large_but_for_its_headers(
+    layers: int | Literal["all"], stage: int, tmp_path: Path
+) -> None:
+    config = LearnerConfig(lr=1e-2, dtype="fp32", schedule="constant", trainable_layers=layers, zero_stage=stage)
+    model = tiny_llama()
+    select_trainable(model, layers, "sft.learner.trainable_layers")
+    learner = Learner(model, config, 1, tmp_path)
+    learner.update(
+        [collate([TokenSequence((5, 6), (7, 8))])], lambda model, batch: (-compute_logprobs(model, batch).sum(), {})
+    )
+    (tmp_path / "saved").mkdir()
+    learner.save(tmp_path / "saved")
+
+    size = sum(path.stat().st_size for path in (tmp_path / "saved").rglob("*") if path.is_file())
+
+    # 41 KB are DeepSpeed's script that joins shares; what else there is are names and numbers of steps.
+    assert 0 < size - count_checkpoint(Trained(TINY, layers, "x"), stage) < 60_000
 
 
 def test_the_ledger_holds_every_sample_and_what_was_trained_on_it(tmp_path: Path) -> None:
