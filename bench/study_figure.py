@@ -42,12 +42,12 @@ def draw(study: Study, report: dict[str, Any], path: Path) -> None:
 
 
 def styles(study: Study, cells: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]], str, str]]:
-    """Name, cells, colour and marker of each line."""
-    pairs = zip(cycle(COLOURS), cycle(MARKERS), strict=True)
-    lines = group(cells, [study.series]).items()
+    """Name, cells, colour and marker of each line; the look is the line's own, whichever others have run."""
+    names = sorted({cell.labels[study.series] for cell in study.cells})
+    looks = dict(zip(names, zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
     return [
-        (f"{study.series} = {name}" if isinstance(name, int) else str(name), members, *next(pairs))
-        for (name,), members in lines
+        (f"{study.series} = {name}" if isinstance(name, int) else str(name), members, *looks[name])
+        for (name,), members in group(cells, [study.series]).items()
     ]
 
 
