@@ -22,7 +22,7 @@ class Ledger:
         self._rows: dict[Table, list[dict[str, Any]]] = {table: [] for table in TABLES}
         self._next_segment = max((segment_number(segment) + 1 for segment in find_segments(path)), default=0)
         self.num_updates = 0
-        """Updates it has."""
+        """Updates it has; of one that was there before, once `roll_back_to` is called."""
 
     @property
     def path(self) -> Path:
