@@ -90,7 +90,7 @@ class RlConfig(Section):
 
     @property
     def num_published(self) -> int:
-        """See StalenessRule.count_published."""
+        """Versions that may be published at once; see StalenessRule.count_published."""
         return self.rule.count_published(in_flight=self.weight_update == "in_flight")
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ CollectWeights = Callable[[], dict[str, Tensor]]
 """Every weight of a model by name; `Learner.collect_weights`."""
 SHARED_MEMORY = Path("/dev/shm")
 PROBE_TOKENS = 32
-"""The bounds of stages/generation/probe.py do not depend on them; a publication takes longer with more."""
+"""At most; the bounds of stages/generation/probe.py are means over them. A publication takes longer with more."""
 _PREFIX = "slipstream-"
 _LOCK = ".lock"
 """Held by the run whose directory it is in."""

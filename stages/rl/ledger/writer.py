@@ -10,7 +10,7 @@ from stages.common.errors import InputError
 from stages.common.publish import sync_path, write_json
 from stages.data.records import Completion
 from stages.rl.ledger.schema import TABLES, Event, LedgerHeader, Table, TrainedRow
-from stages.rl.ledger.segments import HEADER, ROLLED_BACK, find_segments, list_chunks, segment_number, write_segment
+from stages.rl.ledger.segments import HEADER, ROLLED_BACK, Chunk, find_segments, segment_number, write_segment
 
 
 class Ledger:
@@ -85,7 +85,7 @@ class Ledger:
             offset: what `flush` gave to the checkpoint; 0 where there is none.
 
         Raises:
-            InputError: segments that the checkpoint counts on are not there.
+            InputError: segments that the checkpoint counts on are not there, or not readable.
         """
         if offset > self._next_segment:
             raise InputError(
@@ -119,10 +119,11 @@ def require_same(path: Path, header: LedgerHeader) -> None:
 
 
 def _count_updates(path: Path) -> int:
-    return 1 + max(
-        (number for chunk in list_chunks(path)["updates"] for number in chunk.read(["update"])["update"].to_pylist()),
-        default=-1,
-    )
+    segments = [segment for segment in find_segments(path) if segment.name.startswith("updates-")]
+    if not segments:
+        return 0
+    newest = Chunk(segments[-1], row_group=0).read(["update"])
+    return 1 + int(max(newest["update"].to_pylist()))
 
 
 def _move_aside(directory: Path, segments: Sequence[Path]) -> None:
