@@ -251,8 +251,12 @@ class ScriptedServer:
         return [call for call in calls if not kinds or call.split()[0] in kinds]
 
     def samples(self) -> list[Call]:
-        """The requests to sample, the probes left out."""
-        return [call for call in self.calls if call.path == GENERATE and "prompt_logprobs" not in _parameters(call)]
+        """The requests to sample a prompt of the fleet's owner: no probe, no warm-up."""
+        return [
+            call
+            for call in self.calls
+            if call.path == GENERATE and "prompt_logprobs" not in _parameters(call) and not _is_warm_up(call)
+        ]
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=10)
@@ -345,7 +349,7 @@ class ScriptedServer:
             entries = [{str(token): {"logprob": x}} for token, x in zip(call.prompt[1:], values, strict=True)]
             await exchange.send_json({"prompt_logprobs": [None, *entries], "choices": []})
             return
-        if call.body.get("cache_salt") == "warm-up":
+        if _is_warm_up(call):
             await exchange.send_json({"choices": []})
             return
         script = self.scripts[call.prompt]
@@ -369,6 +373,10 @@ def scripted_servers(count: int) -> Iterator[list[ScriptedServer]]:
 def _parameters(call: Call) -> dict[str, Any]:
     parameters: dict[str, Any] = call.body["sampling_params"]
     return parameters
+
+
+def _is_warm_up(call: Call) -> bool:
+    return call.body.get("cache_salt") == "warm-up"
 
 
 async def _read_call(reader: asyncio.StreamReader) -> Call:
