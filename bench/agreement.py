@@ -1,5 +1,6 @@
 """Judging whether two programs computed the same: what bench/trl_agreement.py compares, tolerates and reports."""
 
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +51,8 @@ class Comparison:
     @property
     def is_expected(self) -> bool:
         """Within the tolerance where the two should agree, outside it where they should not."""
-        return (self.relative_difference <= self.tolerance) == self.should_agree
+        is_finite = math.isfinite(self.relative_difference)  # NaN is no difference that a control is there to show
+        return is_finite and (self.relative_difference <= self.tolerance) == self.should_agree
 
 
 def compare_numbers(arm: str, quantity: str, ours: float, trl: float, should_agree: bool = True) -> Comparison:

@@ -4,12 +4,12 @@
     python bench/algorithms.py --workspace DIR --seconds --out docs/benchmarks/2026-11-22-algorithms-seconds.json
 
 Each cell of the table is one algorithm, one staleness and one seed of section `rl`. The stages up to the reward model
-run once, in DIR/base; a cell is a clone that takes them from DVC's cache, so only RL and evaluation run. What a cell
-found is written at once; a cell that is in the file is not run again, one that is missing is listed as unrun. A queue
-that is taken up again runs the code it began with, whose commit the file names; `--code COMMIT` goes on with
-another one, and is for commits whose stages compute the same. Each cell names its own. A second call beside the first
-takes other cells, so the first table has no seconds: those are measured by `--seconds`, in short runs that have the
-machine to themselves. See cell_queue.py.
+run once, in DIR/base-COMMIT-SETTINGS; a cell is a clone that takes them from DVC's cache, so only RL and evaluation
+run. What a cell found is written at once; a cell that is in the file is not run again, one that is missing is listed as
+unrun. A queue that is taken up again runs the code it began with, whose commit the file names; `--code COMMIT` goes on
+with another one, and is for commits whose stages compute the same. Each cell names its own. A second call beside the
+first takes other cells, so the first table has no seconds: those are measured by `--seconds`, in short runs that have
+the machine to themselves. See cell_queue.py.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from cell_queue import Base, Cell, run_queue
-from default_run import describe_machine, git
+from default_run import describe_machine
+from reports import git, read_changes
 
 MODES: dict[str, dict[str, Any]] = {"async 1": {"max_staleness": 1}, "sync": {"max_staleness": 0}}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -46,11 +47,13 @@ def main() -> None:
     arguments = parse_arguments()
     show = format_seconds if arguments.seconds else format_table
     if arguments.table:
+        if not arguments.out.exists():
+            raise SystemExit(f"{arguments.out}: no such file; run the queue first, without --table")
         print(show(json.loads(arguments.out.read_text())["cells"]))
         return
-    report = read_report(arguments.out, arguments.set)
+    report = read_report(arguments.out, arguments.set, "seconds" if arguments.seconds else "table")
     report["commit"] = git("rev-parse", arguments.code or report["commit"])
-    base = Base(settings=dict(change.split("=", 1) for change in arguments.set))
+    base = Base(settings=read_changes(arguments.set))
     list_all = list_timed if arguments.seconds else list_cells
     cells = list_all(arguments.algorithms, arguments.modes, base)
     report["unrun"] = [cell.key for cell in list_all(list(SETTINGS), list(MODES), base)]
@@ -100,15 +103,15 @@ def list_timed(algorithms: list[str], modes: list[str], base: Base) -> list[Cell
     ]
 
 
-def read_report(path: Path, changes: list[str]) -> dict[str, Any]:
-    """What an earlier call has found; its settings must be the same."""
-    settings = {"changes": changes, "settings": SETTINGS}
+def read_report(path: Path, changes: list[str], kind: str) -> dict[str, Any]:
+    """What an earlier call of this kind has found; its settings must be the same."""
+    settings = {"kind": kind, "changes": changes, "settings": SETTINGS}
     if not path.exists():
         return {"commit": "HEAD", **settings, "machine": describe_machine(), "cells": {}, "unrun": []}
     report: dict[str, Any] = json.loads(path.read_text())
     for key, value in settings.items():
-        if report[key] != value:
-            raise SystemExit(f"{path}: {key} is {report[key]!r}, now {value!r}; name another file")
+        if report.get(key) != value:
+            raise SystemExit(f"{path}: {key} is {report.get(key)!r}, now {value!r}; name another file")
     return report
 
 

@@ -4,13 +4,17 @@
 
 Needs the artifacts of a pipeline that has finished, for the scripts that read them. all_rows.py lists the scripts with
 their arguments and the figures. Writes table.md, table.json and each script's own JSON and log into --out; a script
-that has run there on the same commit is not run again. Small sizes are noisy: a figure near its target wants the
-script's own full run (README.md). Exit code 1 if a script failed to run; a target that is missed is said, and is none.
+that has run there on the same code and inputs is not run again. Small sizes are noisy: a figure near its target wants
+the script's own full run (README.md). Exit code 1 if a script failed to run; a target that is missed is said, and is
+none.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,14 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from all_rows import Figure, Script, scripts
-from limits_report import describe_run, format_rows, write_report
+from reports import ROOT, describe_run, format_rows, write_report
 
-ROOT = Path(__file__).parents[1]
 HEAD = ("figure", "target", "measured", "met", "script")
 LIMIT_S = 900.0
 NUM_BESIDE = 2
 """Scripts at a time, of those that measure no seconds. One needs at most 6.5 GB."""
 REPORT_LOCK = threading.Lock()
+RUNNING: "set[subprocess.Popen[bytes]]" = set()
+"""Scripts, each the head of a process group."""
+END_S = 5.0
+"""Seconds that a script and what it started get to end by themselves, after SIGINT and after SIGTERM."""
 
 
 def main() -> int:
@@ -39,31 +46,46 @@ def main() -> int:
     parser.add_argument("--trl-python", help="interpreter of an environment made from requirements/trl.txt")
     parser.add_argument("--table", action="store_true", help="print the table that is in --out, and run nothing")
     arguments = parser.parse_args()
+    # As an exception it ends the scripts at hand too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out = arguments.out.resolve()
     if arguments.table:
-        print((out / "table.md").read_text(encoding="utf-8"), end="")
+        print(read_table(out), end="")
         return 0
-    (out / "workspace").mkdir(parents=True, exist_ok=True)
-    chosen = scripts(arguments.inputs.resolve(), out / "workspace", arguments.trl_python)
+    workspace = out / "bench-workspace"
+    chosen = scripts(arguments.inputs.resolve(), workspace, arguments.trl_python)
     unknown = sorted(set(arguments.only) - {script.name for script in chosen})
     if unknown:
         raise SystemExit(f"--only {unknown[0]}: allowed: {', '.join(script.name for script in chosen)}")
-    report = read_state(out / "table.json")
+    if workspace.exists():
+        shutil.rmtree(workspace)  # an earlier call's
+    workspace.mkdir(parents=True)
+    report = read_state(out / "table.json", arguments.inputs.resolve())
     wanted = [script for script in chosen if not arguments.only or script.name in arguments.only]
-    for script in wanted:
-        if script.counts_seconds:
-            measure(script, arguments.inputs, out, report)
-    measure_beside([script for script in wanted if not script.counts_seconds], arguments.inputs, out, report)
+    try:
+        for script in wanted:
+            if script.counts_seconds:
+                measure(script, arguments.inputs, out, report)
+        measure_beside([script for script in wanted if not script.counts_seconds], arguments.inputs, out, report)
+    finally:
+        end_all()
     print(format_table(report))
-    return int(any(row["state"] == "failed" for row in report["scripts"].values()))
+    return int(any(report["scripts"][script.name]["state"] == "failed" for script in wanted))
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What an earlier call found on this commit; nothing of another one."""
-    about = describe_run()
+def read_table(out: Path) -> str:
+    if not (out / "table.md").exists():
+        raise SystemExit(f"--out {out}: has no table.md; measure first, without --table")
+    return (out / "table.md").read_text(encoding="utf-8")
+
+
+def read_state(path: Path, inputs: Path) -> dict[str, Any]:
+    """What an earlier call found on this code, machine and finished pipeline; nothing of others."""
+    finished = inputs.parent / "metrics/policy.json"
+    about = describe_run() | {"inputs": [str(inputs), finished.stat().st_mtime if finished.exists() else None]}
     if path.exists():
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if report["commit"] == about["commit"]:
+        if {key: report.get(key) for key in about} == about:
             return report
     return {**about, "scripts": {}}
 
@@ -93,8 +115,9 @@ def measure_beside(scripts: Sequence[Script], inputs: Path, out: Path, report: d
         try:
             for running in [pool.submit(measure, script, inputs, out, report) for script in scripts]:
                 running.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C no further script starts
+        finally:  # after Ctrl-C no further script starts, and none goes on
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all()
 
 
 def find_obstacle(script: Script, inputs: Path) -> str | None:
@@ -116,12 +139,9 @@ def run(script: Script, out: Path) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "bench" / script.name), *script.arguments, "--out", str(result)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     try:
-        with log.open("w", encoding="utf-8") as file:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT_S, check=False
-            )
-        if done.returncode:
-            return fail(script, f"failed: exit code {done.returncode}: {last_line(log)}")
+        code = call(command, environment, log)
+        if code and not result.exists():
+            return fail(script, f"failed: exit code {code}: {last_line(log)}")
         measured = json.loads(result.read_text(encoding="utf-8"))
         values = [figure.read(measured) if figure.read else None for figure in script.figures]
     except subprocess.TimeoutExpired:
@@ -129,7 +149,43 @@ def run(script: Script, out: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         return fail(script, f"failed: {result.name} has no such figure: {type(error).__name__}: {error}")
     figures = [describe(figure, value) for figure, value in zip(script.figures, values, strict=True)]
+    if code and not any(figure["met"] is False for figure in figures):
+        return fail(script, f"failed: exit code {code}: {last_line(log)}")
     return {"state": "measured", "reason": "ran", "figures": figures}
+
+
+def call(command: Sequence[str], environment: dict[str, str], log: Path) -> int:
+    """Its exit code. However this is left, none of its processes goes on beside the next script's seconds."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        RUNNING.add(process)
+        try:
+            return process.wait(LIMIT_S)
+        finally:
+            end(process)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """End a script and what it has started: as Ctrl-C does, so that it clears up, then by force."""
+    with contextlib.suppress(ProcessLookupError):  # nobody of the group is left
+        try:
+            for kind in (signal.SIGINT, signal.SIGTERM):
+                os.killpg(process.pid, kind)
+                deadline = time.monotonic() + END_S
+                while time.monotonic() < deadline:
+                    process.poll()
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.05)
+        finally:  # a second Ctrl-C does not keep it alive
+            os.killpg(process.pid, signal.SIGKILL)
+    RUNNING.discard(process)
+
+
+def end_all() -> None:
+    for process in list(RUNNING):
+        end(process)
 
 
 def fail(script: Script, reason: str) -> dict[str, Any]:

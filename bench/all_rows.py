@@ -153,7 +153,7 @@ def scripts(inputs: Path, workspace: Path, trl_python: str | None) -> tuple[Scri
                 *("--only", "learner:SIGKILL:publication", "learner:SIGSTOP:any", "scoring:SIGKILL:any"),
                 *("--workspace", str(workspace / "drill")),
             ),
-            (Figure("lost or doubled after 3 faults", lambda r: sum(r["totals"]["must be 0"].values()), at_most=0),),
+            (Figure("lost, doubled, unnoticed or left after 3 faults", read_faults, at_most=0),),
         ),
         Script(
             "mutants.py",
@@ -230,6 +230,11 @@ def read_held(report: Any) -> float:
     """Bytes of the fuller of two ranks, of one that is alone."""
     alone, two = (arm["held_bytes"] for arm in report["arms"])
     return float(max(two) / max(alone))
+
+
+def read_faults(report: Any) -> float:
+    """All that a drill may not find."""
+    return float(sum(report["totals"]["must be 0"].values()))
 
 
 def read_nothing(name: str) -> Read:

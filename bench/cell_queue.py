@@ -1,13 +1,16 @@
 """A resumable queue of RL runs that share the stages before RL: what algorithms.py and study.py are made of.
 
-The stages up to the reward model run once in a clone of the code at one commit, the base. A cell is a clone of the base
-with other settings of section `rl`, in which only RL and evaluation run; DVC takes the rest from the base's cache. What
-a cell found is written at once, and its clone is deleted. A cell that fails is written down with its last words too.
-Where no seconds count, several queues of the same file and workspace share the cells.
+The stages up to the reward model run once in a clone of the code at one commit, the base; its folder is named by commit
+and settings, so that no queue takes another's. A cell is a clone of the base with other settings of section `rl`, in
+which only RL and evaluation run; DVC takes the rest from the base's cache. What a cell found is written at once, and
+its clone is deleted. A cell that fails is written down with its last words too. Where no seconds count, several queues
+of the same file and workspace share the cells.
 """
 
 import csv
 import fcntl
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -23,11 +26,12 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
-from default_run import git
+from default_run import edit_params
 from peak_memory import PeakMemory
-from ruamel.yaml import YAML
+from reports import ROOT, write_json
 
-ROOT = Path(__file__).parents[1]
+from stages.common.entry import die_with_parent
+
 UPSTREAM = ("prepare_model", "prepare_data", "train_sft", "label_pairs", "train_reward")
 MAX_ATTEMPTS = 2
 """Of a cell that fails: once may be the machine's doing."""
@@ -36,10 +40,15 @@ CELL_TIMEOUT_S = 7200.0
 
 @dataclass(frozen=True)
 class Base:
-    """What cells share: a name for its folder, and settings by their paths beside the committed params.yaml."""
+    """What cells share: a name, and settings by their paths beside the committed params.yaml."""
 
     name: str = "base"
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def folder(self, commit: str) -> str:
+        """Its name in the workspace."""
+        settings = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        return f"{self.name}-{commit[:8]}-{settings[:8]}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def run_queue(
     `alone`, where seconds count, no other may.
 
     Raises:
-        CellError: a stage before RL failed.
+        SystemExit: a stage before RL failed, or another queue works where none may.
     """
     # As an exception it ends the pipeline at hand too, which would else run on in a clone that the next queue deletes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -92,9 +101,12 @@ def run_missing(cell: Cell, report: dict[str, Any], out: Path, lane: Path) -> No
         attempts = report["failed"].get(cell.key, {}).get("attempts", 0)
         if cell.key in report["cells"] or attempts >= MAX_ATTEMPTS:
             return
-    base = workspace / cell.base.name
-    with locked(workspace / "claims" / cell.base.name):
-        make_base(base, cell.base.settings, report["commit"])
+    base = workspace / cell.base.folder(report["commit"])
+    try:
+        with locked(workspace / "claims" / base.name):
+            make_base(base, cell.base.settings, report["commit"])
+    except CellError as error:
+        raise SystemExit(f"{base}: a stage before RL failed: {error}") from error
     try:
         result = run_cell(cell, base, lane.with_name(f"{lane.name}-cell"))
     except CellError as error:
@@ -139,39 +151,31 @@ def shared_report(report: dict[str, Any], out: Path, workspace: Path) -> Iterato
         yield
         spent = {key for key, failure in report["failed"].items() if failure["attempts"] >= MAX_ATTEMPTS}
         report["unrun"] = [key for key in report["unrun"] if key not in report["cells"] and key not in spent]
-        write_report(report, out)
-
-
-def write_report(report: dict[str, Any], out: Path) -> None:
-    """Write the file whole: a kill in between must not cost the cells that are in it."""
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    part.replace(out)
+        write_json(out, report)
 
 
 def make_base(base: Path, settings: dict[str, Any], commit: str) -> None:
     """A clone of the code at a commit, in which everything before RL has run."""
-    if base.exists() and git("-C", str(base), "rev-parse", "HEAD") != commit:
-        raise SystemExit(f"{base}: is of another commit than {commit}; name another --workspace")
     if not base.exists():
         part = base.with_name(base.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(part)], check=True)
         subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=part, check=True)
-        edit_params(part, settings)
+        edit_params(part / "params.yaml", settings)
         part.rename(base)
     run_pipeline(base, UPSTREAM)
 
 
 def run_cell(cell: Cell, base: Path, clone: Path) -> dict[str, Any]:
     """RL and evaluation in a clone of the base; deleted afterwards, with what its own cache holds beside the base's."""
-    shutil.rmtree(clone, ignore_errors=True)
+    if clone.exists():
+        shutil.rmtree(clone)
     subprocess.run(["git", "clone", "--quiet", str(base), str(clone)], check=True)
     shutil.copy(base / "dvc.lock", clone)
     shutil.copy(base / "params.yaml", clone)
     # Hard links: what RL adds goes with the clone, or the base's cache would grow by two models a cell.
     subprocess.run(["cp", "-al", str(base / ".dvc/cache"), str(clone / ".dvc/cache")], check=True)
-    edit_params(clone, cell.settings)
+    edit_params(clone / "params.yaml", cell.settings)
     with PeakMemory() as memory:
         # A stage that is named restores nothing of those before it.
         ran = run_pipeline(clone, (*UPSTREAM, *cell.stages) if cell.stages else ())
@@ -239,19 +243,6 @@ def read_curve(path: Path) -> list[dict[str, float]]:
     return [{ours: float(row[name]) for name, ours in names.items() if row.get(name)} for row in rows]
 
 
-def edit_params(clone: Path, settings: dict[str, Any]) -> None:
-    """Change settings by their paths; text is read as YAML."""
-    yaml, path = YAML(), clone / "params.yaml"
-    params = yaml.load(path)
-    for name, value in settings.items():
-        *sections, key = name.split(".")
-        target = params
-        for section in sections:
-            target = target[section]
-        target[key] = YAML(typ="safe").load(value) if isinstance(value, str) else value
-    yaml.dump(params, path)
-
-
 def run_pipeline(clone: Path, stages: tuple[str, ...]) -> list[str]:
     """The stages that ran; with no names the whole pipeline is brought up to date.
 
@@ -270,6 +261,8 @@ def run_pipeline(clone: Path, stages: tuple[str, ...]) -> list[str]:
                 stderr=subprocess.STDOUT,
                 check=False,
                 timeout=CELL_TIMEOUT_S,
+                # Else it would work on in the clone that the next queue deletes, should this one be killed.
+                preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
             )
         except subprocess.TimeoutExpired as error:
             raise CellError(f"took longer than {error.timeout:.0f} s") from error

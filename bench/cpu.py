@@ -1,6 +1,7 @@
 """What do two settings of the C libraries save of an update on CPU cores?
 
-    python bench/cpu.py --model artifacts/sft --reward artifacts/reward --out docs/benchmarks/2026-11-22-cpu.json
+    PYTHONPATH=. python bench/cpu.py --model artifacts/sft --reward artifacts/reward \
+        --out docs/benchmarks/2026-11-22-cpu.json
 
 heap: memory that the learner frees is kept for its next update (stages/learner/heap.py), or given back as glibc does by
 itself; processor seconds, one thread. waiting: threads that wait for the others of their process let go of their core
@@ -20,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from default_run import describe_machine, git
+from default_run import describe_machine
 from memory import ALGORITHMS, ROOT
+from reports import git, write_json
 
 from stages.common.entry import ENVIRONMENT_DEFAULTS
 
@@ -79,7 +81,7 @@ def main() -> None:
         for algorithm in arguments.algorithms:
             found = answer(QUESTIONS[name], settings | paths | {"algorithm": algorithm}, arguments.rounds)
             report["rows"].append({"question": name, "algorithm": algorithm, **found})
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(arguments.out, report)
     print(format_table(report["rows"]))
 
 

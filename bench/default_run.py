@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from peak_memory import PeakMemory
+from reports import ROOT, git, read_changes, write_json
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).parents[1]
 SECTIONS_WITH_SEED = ("data", "sft", "pairs", "reward", "rl", "judge")
 
 
@@ -29,23 +29,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", nargs="*", default=[], metavar="section.key=value", help="other settings to change")
-    parser.add_argument("--workspace", type=Path, default=None, help="where the clones go; kept if given")
+    parser.add_argument("--workspace", type=Path, help="where the clones go; by default a new folder, which is named")
     arguments = parser.parse_args()
     if arguments.out.exists():
         raise SystemExit(f"--out {arguments.out}: holds the runs of an earlier call; name another file")
+    settings = read_changes(arguments.set)
     workspace = arguments.workspace or Path(tempfile.mkdtemp(prefix="default-run-"))
+    print(f"the clones, some GB each: {workspace}", file=sys.stderr)
     report: dict[str, Any] = {"commit": git("rev-parse", "HEAD"), "machine": describe_machine(), "runs": {}}
     for seed in arguments.seeds:
         clone = workspace / f"seed-{seed}"
-        report["runs"][str(seed)] = run_seed(seed, clone, dict(item.split("=", 1) for item in arguments.set))
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+        report["runs"][str(seed)] = run_seed(seed, clone, settings)
+        write_json(arguments.out, report)
         print(seed, json.dumps(summary(report["runs"][str(seed)])))
 
 
 def run_seed(seed: int, clone: Path, settings: dict[str, str]) -> dict[str, Any]:
     """One pipeline in a clone of the committed code; its metrics and seconds."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    edit_params(clone / "params.yaml", seed, settings)
+    edit_params(clone / "params.yaml", {f"{section}.seed": seed for section in SECTIONS_WITH_SEED} | settings)
     started = time.monotonic()
     with PeakMemory(totals=True) as memory:
         subprocess.run([sys.executable, "-m", "flows.dvc"], cwd=clone, check=True, env=os.environ | {"PYTHONPATH": "."})
@@ -56,17 +58,22 @@ def run_seed(seed: int, clone: Path, settings: dict[str, str]) -> dict[str, Any]
     return {"wall_s": wall_s, "stage_s": timings, "memory": peaks, "metrics": metrics}
 
 
-def edit_params(path: Path, seed: int, settings: dict[str, str]) -> None:
+def edit_params(path: Path, settings: dict[str, Any]) -> None:
+    """Change settings of a params.yaml by their paths; text is read as YAML.
+
+    Raises:
+        SystemExit: a section that is not there. What a section may hold, the pipeline says.
+    """
     yaml = YAML()
     params = yaml.load(path)
-    for section in SECTIONS_WITH_SEED:
-        params[section]["seed"] = seed
     for name, value in settings.items():
         *sections, key = name.split(".")
         target = params
         for section in sections:
+            if section not in target:
+                raise SystemExit(f"--set {name}: no section {section}; allowed: {', '.join(map(str, target))}")
             target = target[section]
-        target[key] = YAML(typ="safe").load(value)
+        target[key] = YAML(typ="safe").load(value) if isinstance(value, str) else value
     yaml.dump(params, path)
 
 
@@ -80,12 +87,6 @@ def summary(run: dict[str, Any]) -> dict[str, Any]:
 
 def describe_machine() -> dict[str, Any]:
     return {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from drill_run import (
     stop,
     wait_for_publication,
 )
+from reports import write_json
 
 WAIT_S = 240.0
 """A fault that is not noticed, or not got over, in this time counts as a failure."""
@@ -107,10 +108,7 @@ class Drill:
         self.workspace = workspace
         self.draws = random.Random(arguments.seed)
         self.clock = Clock(arguments.minutes)
-        mix = {kind: count for kind, count in MIX.items() if arguments.only is None or str(kind) in arguments.only}
-        if arguments.engine == "transformers":
-            mix = {kind: count for kind, count in mix.items() if kind.target not in ON_SERVERS}
-        self.plan = Plan(arguments.faults, mix, self.draws)
+        self.plan = Plan(arguments.faults, choose_mix(arguments), self.draws)
         self.faults: list[Fault] = []
         self.campaigns: list[Campaign] = []
 
@@ -292,8 +290,7 @@ class Drill:
 
     def write(self) -> None:
         out = self.arguments.out or self.workspace / "drill.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(self.report(), indent=1) + "\n")
+        write_json(out, self.report())
 
     def report(self) -> dict[str, Any]:
         return {
@@ -336,11 +333,23 @@ def describe_machine() -> dict[str, Any]:
     return {"commit": commit.stdout.strip(), "cores": os.cpu_count()} | versions
 
 
+def choose_mix(arguments: argparse.Namespace) -> dict[Kind, int]:
+    """The kinds of faults that are asked for, of processes that the engine has."""
+    mix = {kind: count for kind, count in MIX.items() if arguments.only is None or str(kind) in arguments.only}
+    if arguments.engine == "transformers":
+        mix = {kind: count for kind, count in mix.items() if kind.target not in ON_SERVERS}
+    if not mix:
+        raise SystemExit(f"--only {' '.join(arguments.only)}: --engine {arguments.engine} has no such processes")
+    return mix
+
+
 def make_inputs(directory: Path, engine: str) -> None:
     """In a process of its own: this one stays without threads."""
     changes = f"tiny_rl.EOS_LOGIT = {EOS_LOGIT}; " if engine == "vllm" else ""
     code = f"import sys; from pathlib import Path; from tests import tiny_rl; {changes}"
     code += "tiny_rl.make_inputs(Path(sys.argv[1]), head_dim=32)"
+    if directory.exists():
+        raise SystemExit(f"--workspace {directory.parent}: holds the runs of an earlier call; name another folder")
     directory.mkdir(parents=True)
     subprocess.run([sys.executable, "-c", code, str(directory)], cwd=ROOT, check=True, capture_output=True)
 
@@ -363,6 +372,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="JSON with every fault and campaign")
     arguments = parser.parse_args()
+    choose_mix(arguments)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     workspace = arguments.workspace or Path(tempfile.mkdtemp(prefix="drill-"))
     make_inputs(workspace / "inputs", arguments.engine)

@@ -80,7 +80,7 @@ class Fault:
     noticed_s: float | None = None
     next_update_s: float | None = None
     recovered_s: float | None = None
-    """Until the first update after it was noticed."""
+    """Until the first update after it was noticed, or the end of a run that was ending."""
     stopped_s: float | None = None
     """After which a learner got SIGCONT."""
     redone_updates: int | None = None
@@ -142,7 +142,7 @@ def name_way(fault: Fault) -> str:
 def format_table(faults: Sequence[Fault]) -> str:
     """Markdown: a row per target and signal."""
     lines = [
-        "| target | signal | faults | at a publication | noticed by | until noticed, s | until the next update, s |",
+        "| target | signal | faults | at a publication | noticed by | until noticed, s | until updated or over, s |",
         "|---|---|---|---|---|---|---|",
     ]
     for target, number in sorted({(fault.target, fault.signal) for fault in faults}):
@@ -157,9 +157,9 @@ def format_table(faults: Sequence[Fault]) -> str:
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     lines += [
         "",
-        "Seconds are median / worst, from the signal on. A lost server is said to be lost once it has been ended,",
+        "Seconds are median / worst, from the signal on; in place of an update that did not come, the end of the run.",
     ]
-    lines += ["which takes 5 s where it does not react."]
+    lines += ["A lost server is said to be lost once it has been ended, which takes 5 s where it does not react."]
     return "\n".join(lines)
 
 

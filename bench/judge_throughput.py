@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from reports import write_json
 
 from stages.data.records import Message, Prompt
 from stages.judge.config import JudgeConfig
@@ -47,8 +47,7 @@ def main() -> None:
     ]
     report = {**describe_run(), "load_before": load, "latency_s": arguments.latency_s, "arms": arms}
     print(json.dumps(report, indent=1))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(arguments.out, report)
 
 
 def measure(num_matches: int, concurrency: int, latency_s: float, workspace: Path | None) -> dict[str, Any]:

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
 import yaml
-from limits_report import describe_run, format_rows, read_report, write_report
 from limits_sides import AT_ONCE, WINDOW, Side, start_offline, start_served
+from reports import describe_run, format_rows, hash_files, read_changes, read_report, write_report
 
 from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.data.store import read_prompts
@@ -67,11 +67,12 @@ def main() -> None:
         return
     os.environ.update({name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ})
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    changes = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in arguments.set)}
+    changes = {name: yaml.safe_load(value) for name, value in read_changes(arguments.set).items()}
     config = GenerationConfig.model_validate(params["generation"] | {"cpu_cores": arguments.core} | changes)
     prompts = arguments.prompts or params["rl"]["prompts_per_update"]
     names = ("updates", "samples", "with_greedy", "core")
     settings = {name: getattr(arguments, name) for name in names} | {"prompts": prompts, "changes": changes}
+    settings["inputs"] = hash_files(arguments.inputs / "data", arguments.inputs / "sft")
     report = read_report(arguments.out, {"settings": settings, **describe_run()})
     if len(report["rounds"]) < arguments.rounds:
         measure(arguments, config, prompts, report)

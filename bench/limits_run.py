@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cell_queue import read_seconds
-from limits_report import describe_run, format_rows, write_report
+from reports import describe_run, format_rows, write_report
 
 ROOT = Path(__file__).parents[1]
 TARGET = 0.02

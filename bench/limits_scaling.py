@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from limits_report import describe_run, format_rows, read_report, write_report
+from reports import describe_run, format_rows, hash_files, read_report, write_report
 
 ROOT = Path(__file__).parents[1]
 PROMPT_TOKENS = 64
@@ -61,7 +61,7 @@ def main() -> None:
         print(format_table(read_report(arguments.out, {})))
         return
     names = ("prompts", "tokens", "layers", "micro_batch", "sides", "engine", "core")
-    settings = {name: getattr(arguments, name) for name in names}
+    settings = {name: getattr(arguments, name) for name in names} | {"inputs": hash_files(arguments.model)}
     report = read_report(arguments.out, {"settings": settings, **describe_run()})
     with tempfile.TemporaryDirectory(prefix="limits-") as name:
         models = {layers: make_model(arguments.model, layers, Path(name)) for layers in arguments.layers}

@@ -106,8 +106,8 @@ def start_served(model: Path, config: GenerationConfig, plan: SamplingPlan, batc
 class Offline:
     """vLLM's offline engine, in a process of its own."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
+    def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
+        self._process, self._log = process, log
 
     @property
     def pid(self) -> int:
@@ -125,7 +125,8 @@ class Offline:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise SystemExit(f"vLLM's offline engine ended with code {self._process.wait()}")
+        last = self._log.read_text(errors="replace")[-2000:]
+        raise SystemExit(f"vLLM's offline engine ended with code {self._process.wait()}:\n{last}")
 
 
 @contextmanager
@@ -141,8 +142,11 @@ def start_offline(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         )
         try:
-            yield Offline(process)
+            yield Offline(process, log / "offline.log")
         finally:
             assert process.stdin is not None
             process.stdin.close()
-            process.wait(60)
+            try:
+                process.wait(60)
+            finally:
+                process.kill()

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from limits_report import describe_run, format_rows, read_report, write_report
+from reports import describe_run, format_rows, read_report, write_report
 
 ROOT = Path(__file__).parents[1]
 STAGES = (

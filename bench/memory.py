@@ -21,14 +21,14 @@ an update (on CUDA: of allocated memory), less what was resident before there wa
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from default_run import describe_machine, git
+from default_run import describe_machine
+from reports import git, hash_files, stage_environment, write_json
 
 ROOT = Path(__file__).parents[1]
 ALGORITHMS = ("ppo", "remax", "rloo", "grpo", "online_dpo")
@@ -76,8 +76,7 @@ def main() -> None:
             if "seconds" not in arms[algorithm] and not arguments.bytes_only:
                 arms[algorithm] |= start(arguments, settings, "seconds")
             report |= summarise(report["arms"], arguments.generation_s)
-            if arguments.out:
-                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(arguments.out, report)
     print(json.dumps({key: report[key] for key in ("measured", "computed_7b")}, indent=1))
 
 
@@ -88,6 +87,7 @@ def read_report(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": describe_machine(),
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
         "settings": {name: getattr(arguments, name) for name in SETTINGS},
+        "inputs": hash_files(arguments.model, arguments.reward),
     }
     if arguments.out is None or not arguments.out.exists():
         return {**settings, "arms": {}}
@@ -109,7 +109,7 @@ def start(arguments: argparse.Namespace, settings: dict[str, str], what: str) ->
     paths = {"model": str(arguments.model.resolve()), "reward": str(arguments.reward.resolve())}
     arm = settings | paths | {name: getattr(arguments, name) for name in SETTINGS} | {"warm_up": WARM_UP, "what": what}
     command = [sys.executable, str(ROOT / "bench/memory_arm.py"), json.dumps(arm)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(arguments.threads)}
+    environment = stage_environment() | {"OMP_NUM_THREADS": str(arguments.threads)}
     environment |= GIVE_MEMORY_BACK if what == "bytes" else {}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

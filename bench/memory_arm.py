@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from memory_counts import (
     sum_except,
 )
 
-from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.data.records import Completion
 from stages.generation.config import GenerationConfig
 from stages.generation.protocol import Request, SamplingPlan, Ticket
@@ -62,7 +60,6 @@ class Arm:
 
 
 def main() -> None:
-    os.environ.update({name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arm", help="its fields as JSON")
     arm = Arm(**json.loads(parser.parse_args().arm))

@@ -17,6 +17,7 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from mlflow import MlflowException
 from prefect.client.schemas.objects import FlowRun
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from drill import describe_machine  # noqa: E402
 from orchestration_checks import Findings, examine  # noqa: E402
 from orchestration_site import NUM_UPDATES, Line, Site, Watch, is_taken, list_ports, make_site, read_update, send, wait  # noqa: E402
+from reports import write_json  # noqa: E402
 
 RUN_S = 420.0
 """For a run to reach the stage that is hit, and for all that follows the fault."""
@@ -81,6 +84,8 @@ class Row:
     """Of the whole run."""
     processes_left: list[str] = field(default_factory=list)
     ports_left: list[int] = field(default_factory=list)
+    code: str = ""
+    """Commit that was drilled."""
     findings: Findings | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -157,7 +162,7 @@ def run_scenario(name: str, site: Site) -> Row:
     seed = "sft.seed" if scenario.stage == "train_sft" else "rl.seed"
     run = site.start_run({seed: int(time.time()) % 10**6, "rl.num_updates": scenario.num_updates})
     watch = Watch(site.clone(run) / ".slipstream/logs" / f"{scenario.stage}.log")
-    row, started = Row(name, scenario.fault, scenario.stage, 0), time.monotonic()
+    row, started = Row(name, scenario.fault, scenario.stage, 0, code=site.code), time.monotonic()
     try:
         inject(scenario, site, run, watch, row)
     except (RuntimeError, AssertionError) as error:
@@ -166,8 +171,11 @@ def run_scenario(name: str, site: Site) -> Row:
         watch.close()
     row.seconds = round(time.monotonic() - started, 1)
     note_end(site, run, row)
-    row.findings = examine(site, run)
-    row.problems += row.findings.find_problems(scenario.stage, scenario.num_updates)
+    try:
+        row.findings = examine(site, run)
+        row.problems += row.findings.find_problems(scenario.stage, scenario.num_updates)
+    except (RuntimeError, OSError, subprocess.SubprocessError, MlflowException) as error:  # nothing to look at
+        row.problems.append(" ".join(str(error).split()))
     return row
 
 
@@ -228,7 +236,8 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in (rows[name] for name in SCENARIOS if name in rows):
-        found = row["findings"]
+        unknown = {"rows_rolled_back": "?", "points_missing": "?", "points": "?", "violations": "?"}
+        found = row["findings"] or unknown
         cells = [
             *(row["fault"], f"`{row['stage']}`, {row['update']}", row["state"], row["attempts"]),
             *("–" if row[name] is None else row[name] for name in ("resumed_from", "went_on_s", "longest_pause_s")),
@@ -249,8 +258,7 @@ def read_rows(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def write_report(path: Path | None, rows: dict[str, dict[str, Any]]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(describe_machine() | {"rows": rows}, indent=1) + "\n")
+    write_json(path, describe_machine() | {"rows": rows})
 
 
 def hide_folders(row: Row, site: Site) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from drill_run import list_children
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
+from reports import describe_code
 
 from flows.service_state import State, read_state
 from flows.workspace import name_run
@@ -103,6 +104,8 @@ class Site:
         self.ports = {"prefect": free_port(), "mlflow": free_port(), "postgres": free_port()}
         self.worker: subprocess.Popen[bytes] | None = None
         self.num_workers = 0
+        self.code = describe_code()
+        """That its checkout holds."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -220,8 +223,7 @@ def make_site(folder: Path) -> Iterator[Site]:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     folder.chmod(0o755)  # PostgreSQL may run as another user, who must get there
     site = Site(folder)
-    if not site.project.exists():
-        make_checkout(site)
+    require_checkout(site)
     try:
         site.start_services()
         site.start_worker()
@@ -230,6 +232,17 @@ def make_site(folder: Path) -> Iterator[Site]:
         site.python("flows.services", "down", "--folder", str(site.services))
     finally:
         kill_children()
+
+
+def require_checkout(site: Site) -> None:
+    """A checkout of the present code; one of another is refused, or old code would be drilled under a new commit."""
+    code, note = site.code, site.folder / "code.txt"
+    if not site.project.exists():
+        make_checkout(site)
+        note.write_text(code)
+    elif not note.exists() or note.read_text() != code:
+        old = note.read_text() if note.exists() else "unknown code"
+        raise SystemExit(f"--workspace {site.folder}: holds a checkout of {old}, now {code}; name another folder")
 
 
 def make_checkout(site: Site) -> None:

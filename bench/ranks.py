@@ -25,7 +25,8 @@ from typing import Any
 import deepspeed  # noqa: F401  what its code takes is no rank's share
 import psutil
 import torch
-from default_run import describe_machine, git
+from default_run import describe_machine
+from reports import git, write_json
 
 from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.data.text import TokenSequence
@@ -69,7 +70,7 @@ def main() -> None:
     if options.out:
         settings = {name: getattr(options, name) for name in ("sequences", "tokens", "updates")}
         about = {"commit": git("rev-parse", "HEAD"), "machine": describe_machine(), "settings": settings}
-        options.out.write_text(json.dumps(about | {"arms": found}, indent=1) + "\n")
+        write_json(options.out, about | {"arms": found})
 
 
 def run_arm(arm: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -5,10 +5,10 @@
 
 `make study STUDY=staleness HOURS=3 WORKSPACE=DIR` calls the first. The studies are staleness, sizes, samples,
 asynchronous and remax; study_grids.py lists their cells and settings. Everything up to the reward model runs once a
-policy size, in DIR/base-SIZE-COMMIT, which studies share; each cell is RL and evaluation. What is in the file is not
-run again, what failed twice is a result too, what is missing is listed as unrun. Stop it with Ctrl-C: only the cell at
-hand is lost. A second call beside the first takes other cells, which is faster, as generator and learner wait for each
-other in most of them; not of asynchronous and remax, where seconds count.
+policy size, in DIR/base-SIZE-COMMIT-SETTINGS, which studies share; each cell is RL and evaluation. What is in the file
+is not run again, what failed twice is a result too, what is missing is listed as unrun. Stop it with Ctrl-C: only the
+cell at hand is lost. A second call beside the first takes other cells, which is faster, as generator and learner wait
+for each other in most of them; not of asynchronous and remax, where seconds count.
 """
 
 import argparse
@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from cell_queue import MAX_ATTEMPTS, Base, Cell, run_queue, shared_report
-from default_run import describe_machine, git
+from default_run import describe_machine
+from reports import git, read_changes
 from study_figure import draw
 from study_grids import BASES, STUDIES, Study
 from study_table import format_report
-
-COMMIT_LETTERS = 8
 
 
 def main() -> None:
@@ -85,10 +84,9 @@ def read_report(arguments: argparse.Namespace, study: Study) -> dict[str, Any]:
 
 
 def place(cell: Cell, report: dict[str, Any]) -> Cell:
-    """The cell on a base of this commit, with the settings of all cells."""
-    changes = dict(change.split("=", 1) for change in report["changes"])
-    name = f"base-{cell.base.name}-{report['commit'][:COMMIT_LETTERS]}"
-    return dataclasses.replace(cell, base=Base(name, cell.base.settings | changes))
+    """The cell on a base with the settings of all cells."""
+    changes = read_changes(report["changes"])
+    return dataclasses.replace(cell, base=Base(f"base-{cell.base.name}", cell.base.settings | changes))
 
 
 def is_chosen(cell: Cell, only: list[str]) -> bool:

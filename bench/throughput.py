@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from default_run import describe_machine, git
+from default_run import describe_machine
 from memory_arm import make_completion
+from reports import describe_code, hash_files, stage_environment, write_json
 from transformers import AutoModelForCausalLM
 
-from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.generation.protocol import Request, SamplingPlan, Ticket
 from stages.learner.config import LearnerConfig
 from stages.learner.engine import Learner, compute_type
@@ -54,14 +53,14 @@ NUM_SAMPLES = 4
 """Of each prompt. RLOO trains on all of them, online DPO on two."""
 TARGET = 1.3
 LR, CLIP, BETA = 1e-7, 1.0, 0.1
-NOT_SETTINGS = ("out", "arm", "table")
+NOT_SETTINGS = ("model", "out", "arm", "arms", "table")
 TOLERANCE = 0.03
 """Relative, of loss and gradient norm: both arms compute in bf16 and round at different places."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What is compared; every value is part of the key in the report."""
+    """What is compared; prompts are a setting of the report, every other value is part of the key in it."""
 
     algorithm: str
     layers: str
@@ -86,8 +85,7 @@ ARMS = [
 
 
 def main() -> None:
-    os.environ.update({name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ})
-    import deepspeed  # noqa: F401  after the environment is set; its import is no update's time
+    import deepspeed  # noqa: F401  its import is no update's time
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -98,7 +96,8 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     parser.add_argument("--zero-stage", default="auto", choices=["auto", "0", "1", "2", "3"], help="of ours")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--arms", type=int, nargs="+", default=list(range(len(ARMS))), help="by their place")
+    places = range(len(ARMS))
+    parser.add_argument("--arms", type=int, nargs="+", default=list(places), choices=places, help="by their place")
     parser.add_argument("--layers", help="in place of 12, for smaller models")
     parser.add_argument("--arm", type=int, help="by its place, measured in this process")
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
@@ -106,22 +105,37 @@ def main() -> None:
     if options.arm is not None:
         print(json.dumps(measure(find_arm(options.arm, options), options)))
         return
-    report = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"arms": {}}
+    report = read_report(options)
     for place in () if options.table else options.arms:
         key = find_arm(place, options).key
         if key not in report["arms"]:
             # In a process of its own: what another arm has left in memory is no part of it.
             command = [sys.executable, *sys.argv, "--arm", str(place)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(command, env=stage_environment(), stdout=subprocess.PIPE, text=True, check=True)
             report["arms"][key] = json.loads(done.stdout.splitlines()[-1])  # libraries talk, too
-            report |= {"target": TARGET, "commit": git("rev-parse", "HEAD"), "machine": describe_machine()}
-            settings = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
-            report["settings"] = {
-                name: value.name if isinstance(value, Path) else str(value) for name, value in settings.items()
-            }
-            if options.out:
-                options.out.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(options.out, report)
     print(format_table(report["arms"]))
+
+
+def read_report(options: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier call measured; its settings must be the same."""
+    found: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    if options.table:
+        if not found:
+            raise SystemExit(f"--table: {options.out or 'no --out'}: no such file; measure first, without --table")
+        return found
+    values = {name: value for name, value in vars(options).items() if name not in NOT_SETTINGS}
+    about = {
+        "target": TARGET,
+        "commit": describe_code(),
+        "machine": describe_machine(),
+        "settings": {name: value.name if isinstance(value, Path) else str(value) for name, value in values.items()},
+        "inputs": hash_files(options.model),
+    }
+    for key, value in about.items():
+        if found and found.get(key) != value:
+            raise SystemExit(f"{options.out}: {key} is {found.get(key)!r}, now {value!r}; name another file")
+    return found or {**about, "arms": {}}
 
 
 def find_arm(place: int, options: argparse.Namespace) -> Arm:

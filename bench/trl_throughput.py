@@ -26,7 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from default_run import describe_machine, git
+from default_run import describe_machine
+from reports import describe_code, hash_files, stage_environment, write_json
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,8 +41,6 @@ SAMPLES_PER_PROMPT = {"online_dpo": 2, "rloo": 4, "grpo": 4}
 END_TOKEN = "<empty_output>"
 """Stands in for the end-of-sequence token; of the vocabulary, and never sampled."""
 SETTINGS = ("completions", "tokens", "updates", "warm_up", "lr", "cores", "trl_micro_batches", "trl_attention")
-MEASURED = ("stages", "bench", "params.yaml")
-"""What must not have changed since the commit that the report names."""
 SMALLEST = {"completions": 4, "tokens": 6, "updates": 3, "warm_up": 1, "layers": ["all"], "sides": ["transformers"]}
 PHASES = ("generate_s", "score_s", "reference_s", "learn_s", "publish_s", "wait_s")
 
@@ -62,7 +61,7 @@ def main() -> None:
             for arm in list_arms(arguments):
                 if arm not in report["rounds"][number]:
                     report["rounds"][number][arm] = start(arm, arguments, shared, Path(name))
-                    write_report(report, arguments.out)
+                    write_json(arguments.out, report)
     check_scores(report["rounds"])
     print(make_tables(report["rounds"]))
 
@@ -93,32 +92,40 @@ def parse() -> argparse.Namespace:
     elif arguments.trl_python is None and "trl" in arguments.sides and not arguments.table:
         arguments.sides = [side for side in arguments.sides if side != "trl"]
         print("skipped: TRL's arms, no --trl-python", file=sys.stderr)
+    require_sizes(arguments)
     return arguments
+
+
+def require_sizes(arguments: argparse.Namespace) -> None:
+    """Refuse sizes under which fewer completions would be trained on than are counted, or none be timed."""
+    if not arguments.sides:
+        raise SystemExit("--sides trl: needs --trl-python")
+    for name in arguments.algorithms:
+        if arguments.completions % SAMPLES_PER_PROMPT[name]:
+            allowed = f"allowed for {name}: multiples of {SAMPLES_PER_PROMPT[name]}"
+            raise SystemExit(f"--completions {arguments.completions}: {allowed}")
+    if not 0 < arguments.warm_up < arguments.updates:
+        raise SystemExit(f"--warm-up {arguments.warm_up}: allowed: 1 to {arguments.updates - 1}, less than --updates")
 
 
 def read_report(arguments: argparse.Namespace) -> dict[str, Any]:
     """What an earlier call measured, under the same settings."""
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     report: dict[str, Any] = {
-        "commit": git("rev-parse", "--short", "HEAD")
-        + ("-changed" if git("status", "--porcelain", "--", *MEASURED) else ""),
+        "commit": describe_code(),
         "machine": describe_machine(),
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
         "settings": settings,
+        "inputs": hash_files(*(arguments.inputs / part for part in ("data", "sft", "reward"))),
         "rounds": [],
     }
     if arguments.out is None or not arguments.out.exists():
         return report
     found: dict[str, Any] = json.loads(arguments.out.read_text())
-    for key in ("commit", "settings"):
-        if found[key] != report[key]:
-            raise SystemExit(f"{arguments.out}: {key} is {found[key]!r}, now {report[key]!r}; name another file")
+    for key in ("commit", "settings", "inputs"):
+        if found.get(key) != report[key]:
+            raise SystemExit(f"{arguments.out}: {key} is {found.get(key)!r}, now {report[key]!r}; name another file")
     return found
-
-
-def write_report(report: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def list_arms(arguments: argparse.Namespace) -> Iterator[str]:
@@ -181,9 +188,12 @@ def start(arm: str, arguments: argparse.Namespace, shared: dict[str, Any], work:
     job = shared | {"layers": layers, "algorithm": algorithm, "side": side, "samples": SAMPLES_PER_PROMPT[algorithm]}
     python = arguments.trl_python if side == "trl" else Path(sys.executable)
     script = "trl_throughput_theirs.py" if side == "trl" else "trl_throughput_ours.py"
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    # Ours has what a stage has. Threads are the cores', for both.
+    environment = dict(os.environ) if side == "trl" else stage_environment()
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {} if side == "trl" else {"PYTHONPATH": str(ROOT)}
+    environment.pop("OMP_NUM_THREADS", None)
+    if side == "trl":
+        environment.pop("PYTHONPATH", None)
     command = ["taskset", "-c", arguments.cores, str(python.absolute()), str(ROOT / "bench" / script), json.dumps(job)]
     log = work / f"{arm.replace('/', '-')}.log"
     with log.open("w") as errors:

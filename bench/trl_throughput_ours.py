@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import yaml
 
-from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.data.records import Completion
 from stages.generation.config import GenerationConfig
 from stages.generation.protocol import Event, Finished, Generator, Ticket, WeightsUpdate
@@ -34,7 +32,6 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    os.environ.update({name: value for name, value in ENVIRONMENT_DEFAULTS.items() if name not in os.environ})
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", help="as JSON; see trl_throughput.py")
     job = json.loads(parser.parse_args().job)

@@ -1,6 +1,7 @@
 """How much of an update's processor time is saved by computing frozen lower blocks once for all models?
 
-    python bench/trunk.py --model artifacts/sft --reward artifacts/reward --out docs/benchmarks/2026-11-22-trunk.json
+    PYTHONPATH=. python bench/trunk.py --model artifacts/sft --reward artifacts/reward \
+        --out docs/benchmarks/2026-11-22-trunk.json
 
 Each algorithm makes the same update with and without, in turns, in one process and without a generator: learner,
 reference and value model as stage train_policy builds them, completions of random tokens. Seconds are the processor's,
@@ -18,8 +19,9 @@ from typing import Any
 
 import torch
 import yaml
-from default_run import describe_machine, git
+from default_run import describe_machine
 from memory_arm import PARAMS, Arm, build_training, draw_batch, make_config
+from reports import git, write_json
 
 from stages.generation.config import GenerationConfig
 from stages.rl.mini_batch import Sampled
@@ -48,7 +50,7 @@ def main() -> None:
     for name in arguments.algorithms:
         report["algorithms"][name] = summarise(measure(name, arguments))
         print(name, json.dumps(report["algorithms"][name]["medians"]), flush=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.out, report)
     print(format_table(report["algorithms"]))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import deepspeed  # noqa: F401  what its code takes is no loss's
 import torch
-from default_run import describe_machine, git
+from default_run import describe_machine
 from memory import GIVE_MEMORY_BACK, ROOT
 from memory_arm import note_gradients
 from memory_counts import (
@@ -36,6 +36,7 @@ from memory_counts import (
     list_tensors,
     sum_except,
 )
+from reports import git, write_json
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -78,8 +79,7 @@ def main() -> None:
                 if name not in report["arms"]:
                     arm = {"loss": loss, "trainable_layers": layers, "vocabulary": vocabulary}
                     report["arms"][name] = arm | start(arm | report["settings"])
-                    if options.out:
-                        options.out.write_text(json.dumps(report, indent=1) + "\n")
+                    write_json(options.out, report)
     print("\n".join(show_table(report, options.vocabularies)))
 
 

@@ -63,6 +63,7 @@ def measure_way(way: str, arguments: argparse.Namespace, receiver: str) -> dict[
     with tempfile.TemporaryDirectory(prefix="transfer-", dir=find_shared_memory()) as folder:
         process = context.Process(target=receive, args=(way, arguments.size, receiver, folder, theirs), daemon=True)
         process.start()
+        theirs.close()  # so that the receiver's end is noticed
         model = common.make_model(arguments.size, arguments.device, torch.bfloat16)
         weights = {name: item.detach() for name, item in model.named_parameters()}
         send = Sender(way, arguments.device, folder, ours)

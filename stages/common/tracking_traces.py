@@ -40,6 +40,7 @@ def send_traces(client: "MlflowClient", run_id: str, event: Event) -> None:
         SQLAlchemyError: the same, of a store without a server.
     """
     import mlflow
+    from mlflow.store.tracking.rest_store import RestStore
 
     source = Path(event["source"])
     if not source.exists():
@@ -51,7 +52,9 @@ def send_traces(client: "MlflowClient", run_id: str, event: Event) -> None:
             _send_batch(client, experiment_id, run_id, batch)
     except (mlflow.MlflowException, NotImplementedError) as error:
         if not _is_final(error):
-            # Before it sends spans, MLflow asks for the server's version; no answer is a NotImplementedError too.
+            # Before it sends spans, MLflow asks for the server's version; no answer is a NotImplementedError too, and
+            # would be remembered for the rest of this process.
+            RestStore._get_server_version.cache_clear()
             raise ConnectionError(str(error)) from error
         logger.warning("MLflow refuses traces, they stay in %s: %s", source, error)
 

@@ -152,7 +152,7 @@ def test_a_server_that_numbers_its_answers_badly_is_no_trouble(tmp_path: Path) -
 @pytest.mark.parametrize("trouble", [hang, dribble])
 def test_a_server_that_hangs_or_dribbles_is_left_in_time(tmp_path: Path, trouble: Behaviour) -> None:
     with hostile_judge(in_turn(trouble, behave_well)) as server:
-        judging = judge(server, tmp_path, num_matches=1, call_timeout_s=0.5)
+        judging = judge(server, tmp_path, num_matches=1, call_timeout_s=3)
 
     assert (judging.num_bought, server.num_calls) == (2, 4)
 
@@ -210,14 +210,15 @@ def test_too_many_errors_fail_the_run_and_say_which(tmp_path: Path) -> None:
 def test_a_pause_the_server_asks_for_holds_every_call_back(tmp_path: Path, header: str) -> None:
     headers = {
         "seconds": {"retry-after": "0.6"},
-        "date": {"retry-after": formatdate(time.time() + 2, usegmt=True)},  # whole seconds
+        "date": {},
         "milliseconds": {"retry-after-ms": "600"},
         "reset": {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "600ms"},
     }[header]
 
     async def behave(call: Call) -> None:
         if call.number == 0:
-            await call.send(429, "{}", headers)
+            date = {"retry-after": formatdate(time.time() + 2, usegmt=True)}  # whole seconds, so 1 to 2 from now
+            await call.send(429, "{}", headers or date)
         else:
             await call.answer()
 
@@ -253,9 +254,9 @@ def test_a_pause_beyond_the_total_timeout_ends_at_once(tmp_path: Path) -> None:
 def test_the_total_timeout_keeps_what_was_bought(tmp_path: Path) -> None:
     with (
         hostile_judge(mixed(behave_well, hang)) as server,
-        pytest.raises(RunError, match=r"judge\.total_timeout_s=1: over after 1 of 8 questions"),
+        pytest.raises(RunError, match=r"judge\.total_timeout_s=6: over after 1 of 8 questions"),
     ):
-        judge(server, tmp_path, concurrency=1, total_timeout_s=1)
+        judge(server, tmp_path, concurrency=1, total_timeout_s=6)
 
     assert len(stored(tmp_path)) == 1
 
@@ -520,13 +521,13 @@ def test_an_evaluation_that_is_ended_half_way_buys_no_stored_verdict_again(
         with ended(start_child(server.url, tmp_path)) as child:
             wait_for_calls(server, 30)
             child.send_signal(end)
-            _, errors = child.communicate(timeout=20)
+            _, errors = child.communicate(timeout=120)
         assert child.returncode == code, errors.decode()
         assert b"Traceback" not in errors
         assert b"never retrieved" not in errors
         num_calls, kept = server.num_calls, {verdict["key"] for verdict in stored(tmp_path)}
         with ended(start_child(server.url, tmp_path)) as child:
-            said, errors = child.communicate(timeout=30)
+            said, errors = child.communicate(timeout=120)
 
     assert child.returncode == 0, errors.decode()
     assert num_calls - 4 <= len(kept) < 60  # all but those in flight

@@ -26,7 +26,10 @@ def start_and_kill(project: Project, stage: str) -> list[str]:
             command, cwd=project.path, env=project.environment, timeout_s=WAIT_S, stdout=file, stderr=subprocess.STDOUT
         ) as runner,
     ):
-        while f"python -m stages.{stage}" not in running_commands(project):
+        # Its line comes through two processes, which a kill would take it along with.
+        while f"python -m stages.{stage}" not in running_commands(project) or stage not in begun_stages(
+            log.read_text()
+        ):
             assert time.monotonic() < deadline, f"{stage} did not start:\n{log.read_text()[-2000:]}"
             assert runner.poll() is None, f"the run ended before {stage}:\n{log.read_text()[-2000:]}"
             time.sleep(0.05)

@@ -127,7 +127,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> ScoringJob:
 @pytest.fixture(scope="module")
 def running(job: ScoringJob, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     log_path = tmp_path_factory.mktemp("logs") / "scoring.log"
-    settings = ProcessSettings(log_path, cores=ONE_CORE, timeout_s=4.0, max_restarts=1)
+    settings = ProcessSettings(log_path, cores=ONE_CORE, timeout_s=10.0, max_restarts=3)
     results = Results()
     with ScoringProcess(job, settings, results.add, results.failures.put) as process:
         process.wait_until_ready()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,9 +55,21 @@ def wait_until_gone(pids: list[int]) -> None:
         time.sleep(0.1)
 
 
+def list_shared_memory() -> set[str]:
+    return set(os.listdir(SHM)) if SHM.exists() else set()
+
+
+def wait_until_removed(names: set[str]) -> None:
+    """What other runs of this machine have in shared memory goes with them; what is left behind stays."""
+    deadline = time.monotonic() + 120
+    while names & list_shared_memory():
+        assert time.monotonic() < deadline, names & list_shared_memory()
+        time.sleep(0.1)
+
+
 @pytest.mark.timeout(600)
 def test_a_killed_run_resumes_keeps_its_bound_and_replays_to_its_weights_twice(tmp_path: Path) -> None:
-    before = set(os.listdir(SHM)) if SHM.exists() else set()
+    before = list_shared_memory()
     directory = tmp_path / "run"
     directory.mkdir()
     tiny_rl.make_inputs(directory, head_dim=32)
@@ -69,7 +82,9 @@ def test_a_killed_run_resumes_keeps_its_bound_and_replays_to_its_weights_twice(t
         _, errors = resumed.communicate()
 
     assert resumed.returncode == 0, errors[-3000:]
-    assert "resumed policy_version=4" in errors
+    found = re.search(r"resumed policy_version=(\d+)", errors)
+    assert found
+    assert int(found[1]) in (4, 6, 8)  # by how soon the kill came after update 5
     ledger = directory / "out/ledger"
     assert [line for check in check_ledger(ledger) for line in check.violations] == []
     recorded = read_ledger(ledger)
@@ -85,4 +100,4 @@ def test_a_killed_run_resumes_keeps_its_bound_and_replays_to_its_weights_twice(t
         tiny_rl.run(again, **settings, replay_from=str(ledger))
         assert tiny_rl.hash_policy(again) == tiny_rl.hash_policy(directory)
         assert tiny_rl.hash_policy(again, "policy") == tiny_rl.hash_policy(directory, "policy")
-    assert set(os.listdir(SHM)) - before == set() if SHM.exists() else True
+    wait_until_removed(list_shared_memory() - before)

@@ -45,7 +45,7 @@ PLACEMENT: dict[str, Any] = {
 }
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2700)
 def test_two_workers_complete_the_pipeline_and_replace_a_lost_generator(tmp_path: Path) -> None:
     with make_site(tmp_path) as (near, far):
         with near.worker("control", "cpu", "generator", "local", devices="cpu:0"), far.worker("gpu", devices="cpu:1"):

@@ -15,8 +15,10 @@ from typing import Any
 
 import mlflow
 import pytest
+from mlflow.store.tracking import rest_store
 
 from flows.servers import start_mlflow
+from stages.common import tracking_sender
 from stages.common.event_log import read_sent, unsent_logs
 from stages.common.process import free_port
 from stages.common.traces import TraceRecord, describe_call, write_traces
@@ -168,7 +170,7 @@ with track_stage("judge_policy", None) as tracker:
 
 
 def test_a_kill_in_the_middle_of_sending_loses_and_doubles_nothing(project: Path) -> None:
-    write_traces(project / "records.jsonl", ask(1200))
+    write_traces(project / "records.jsonl", ask(3000))
     command = [sys.executable, "-c", STAGE]
     stage = subprocess.Popen(command, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
@@ -178,12 +180,12 @@ def test_a_kill_in_the_middle_of_sending_loses_and_doubles_nothing(project: Path
         stage.wait(60)
     num_sent = num_sent_traces(project)
     (log,) = unsent_logs()
-    assert 200 <= num_sent < 1200
+    assert 200 <= num_sent < 3000
 
     assert send_everything(60.0)
 
     run_id = read_sent(log)["run_id"]
-    assert (len(find_traces(run_id)), len(find_traces(None))) == (1200, 1200)
+    assert (len(find_traces(run_id)), len(find_traces(None))) == (3000, 3000)
 
 
 def num_sent_traces(project: Path) -> int:
@@ -220,6 +222,32 @@ def test_traces_wait_while_the_server_is_away(
 
     assert (len(traces), status) == (233, "FINISHED")
     assert (span.inputs, span.attributes["mlflow.llm.cost"]) == (ASKED.inputs, {"total_cost": 0.002})
+
+
+def test_a_server_that_was_too_slow_once_to_say_its_version_gets_its_traces(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, asked = free_port(), []
+
+    def too_slow_at_first(*arguments: Any, **more: Any) -> Any:
+        if more["endpoint"] == "/version":
+            asked.append(more)
+            if len(asked) == 1:
+                raise TimeoutError("no answer within 3 s")
+        return http_request(*arguments, **more)
+
+    http_request = rest_store.http_request
+    monkeypatch.setattr(rest_store, "http_request", too_slow_at_first)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(tracking_sender, "_RETRY_EVERY_S", 1.0)
+    rest_store.RestStore._get_server_version.cache_clear()
+    with start_mlflow(project / "server", port), track_stage("judge_policy", None) as tracker:
+        tracker.log_traces("asked", ask(3))
+        run_id = wait_for_run(tracker)
+        wait_until(lambda: unsent_logs() == [])
+        assert len(find_traces(run_id)) == 3
+
+    assert len(asked) >= 2
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="Chromium is not on this machine")

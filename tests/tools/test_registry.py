@@ -1,6 +1,7 @@
 """The model registry and what it needs to know of a run, on real MLflow with SQLite."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -30,7 +31,8 @@ stages:
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     Path("params.yaml").write_text("tracking: {experiment: test, system_metrics: false}")

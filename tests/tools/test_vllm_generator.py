@@ -169,7 +169,7 @@ def wait_for(fleet: Fleet, is_enough: Callable[[list[Event]], bool], timeout_s: 
 
 def count_tokens(url: str, kind: str = "generation_tokens") -> float:
     """Tokens the server has sampled since it was started, or of another kind that it counts."""
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=60).text
     return sum(float(value) for value in re.findall(rf"^vllm:{kind}_total\{{.*\}} (\S+)$", text, re.MULTILINE))
 
 
@@ -317,12 +317,13 @@ def test_the_samples_of_a_short_prompt_read_it_once(served: str, models: Models)
 def test_in_flight_a_completion_goes_on_with_the_new_weights(served: str, models: Models, kv_cache: str) -> None:
     with open_fleet(models, served, in_flight=True, kv_cache=kv_cache) as fleet:
         generate(fleet, REQUESTS[:1], SamplingPlan(num_samples=1))  # it has joined
+        update = WeightsUpdate(1, models.new, make_probe(models.new))
         enough = count_tokens(served) + 12 * 40  # of at most 12 * 400
         for number, request in enumerate(REQUESTS):
             fleet.submit(Ticket(number, request, SamplingPlan(num_samples=4)))
         while count_tokens(served) < enough:
             time.sleep(0.01)
-        fleet.publish(WeightsUpdate(1, models.new, make_probe(models.new)))
+        fleet.publish(update)
         events = wait_for(fleet, lambda events: sum(isinstance(event, Finished) for event in events) == 3)
 
     assert [event.policy_version for event in events if isinstance(event, Published)] == [1]
@@ -368,6 +369,8 @@ def test_weights_that_did_not_arrive_end_the_run(served: str, models: Models, tm
 def test_a_part_of_a_fused_layer_is_not_loaded(served: str, models: Models, tmp_path: Path) -> None:
     new = load_file(models.new / "model.safetensors")
     save_file({name: tensor for name, tensor in new.items() if "q_proj" in name}, tmp_path / "part.safetensors")
+    with open_fleet(models, served) as fleet:
+        generate(fleet, REQUESTS[:1], SamplingPlan(num_samples=1))  # the server is up
 
     answer = httpx.post(
         f"{served}/collective_rpc",

@@ -92,6 +92,7 @@ class Toy:
             "SLIPSTREAM_CHECKOUT": str(self.project),
             "DVC_SITE_CACHE_DIR": str(self.folder / "site"),
             "PREFECT_HOME": str(self.folder / "prefect-client"),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
             "MLFLOW_TRACKING_URI": f"sqlite:///{self.folder / 'mlflow.db'}",
             **url,
             **self.extra,
@@ -117,7 +118,7 @@ class Toy:
     def pid(self, stage: str) -> int:
         """Of a stage that has started."""
         path = self.folder / f"pid-{stage}"
-        wait_for(path.exists)
+        wait_for(path.exists, 240)
         return int(path.read_text())
 
     @contextmanager
@@ -129,7 +130,7 @@ class Toy:
         command += [] if devices is None else ["--devices", devices]
         log_path = self.folder / f"worker-{'-'.join(pools) or 'default'}-{time.monotonic_ns()}.log"
         with start_guarded(command, env={**self.environment, **environment}, log_path=log_path) as worker:
-            wait_for(lambda: "working for" in worker.tail(50) or worker.poll() is not None, 90)
+            wait_for(lambda: "working for" in worker.tail(50) or worker.poll() is not None, 240)
             assert worker.poll() is None, worker.tail()
             yield worker
 

@@ -52,8 +52,9 @@ code = "import signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIG
 def end(*_):
     child.stdin.close()
     sys.exit(100 + child.wait())
+child = subprocess.Popen([sys.executable, "-c", code + sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 signal.signal(signal.SIGTERM, end)
-child = subprocess.Popen([sys.executable, "-c", code + sys.argv[1]], stdin=subprocess.PIPE)
+print(child.stdout.readline().decode().strip(), flush=True)
 signal.pause()
 """
 # Its child makes a segment of shared memory, which the resource tracker that both use must unlink.

@@ -281,7 +281,7 @@ def test_a_timeline_that_cannot_be_written_ends_the_fleet(server: ScriptedServer
 def test_a_server_that_breaks_off_is_brought_back(server: ScriptedServer, tmp_path: Path, kind: str) -> None:
     server.script((1, 1), (GONE | LATE)[kind])
 
-    with start_fleet([server], tmp_path, request_timeout_s=1) as fleet:
+    with start_fleet([server], tmp_path, request_timeout_s=4) as fleet:
         for number in range(4):
             fleet.submit(make_ticket(number))
         events = finish(fleet, 4)
@@ -632,7 +632,7 @@ def test_what_is_no_vllm_server_is_waited_for(server: ScriptedServer, tmp_path: 
 
 
 def test_a_swap_that_was_given_up_does_not_disturb_the_next_one(server: ScriptedServer, tmp_path: Path) -> None:
-    with start_fleet([server], tmp_path, heartbeat_timeout_s=0.3, request_timeout_s=1) as fleet:
+    with start_fleet([server], tmp_path, heartbeat_timeout_s=2, request_timeout_s=3) as fleet:
         fleet.submit(make_ticket(0))
         finish(fleet, 1)
         server.hold_loads()

@@ -33,7 +33,7 @@ def test_work_with_a_rank_that_has_ended_is_refused_with_its_last_lines(tmp_path
 
 
 def test_a_broken_connection_is_explained_by_the_rank_that_broke_it(tmp_path: Path) -> None:
-    followers = Followers([start(tmp_path / "rank1.log", "import time; time.sleep(1)")])
+    followers = Followers([start(tmp_path / "rank1.log", "import time; time.sleep(0.2)")])
     try:
         with pytest.raises(RunError, match=r"rank 1 ended with exit code 0"), followers.watched():
             raise RuntimeError("Connection closed by peer")

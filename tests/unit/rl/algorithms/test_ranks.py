@@ -12,7 +12,7 @@ from stages.common.process import free_port
 from tests.unit.rl.algorithms import ranks
 from tests.unit.rl.algorithms.cases import VARIANTS
 
-TIMEOUT_S = 120
+TIMEOUT_S = 250
 every_variant = pytest.mark.parametrize(
     "number", range(len(VARIANTS)), ids=[f"{name}-{number}" for number, (name, _) in enumerate(VARIANTS)]
 )
