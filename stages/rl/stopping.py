@@ -62,7 +62,11 @@ class StopSignals:
             logger.warning("asked to stop; ending after this update with a checkpoint, a second time ends at once")
             self._number, self._noted_at = number, time.monotonic()
         elif time.monotonic() - self._noted_at > SAME_S:
-            self._before[number](number, frame)
+            before = self._before[number]
+            if callable(before):
+                before(number, frame)
+            else:  # ignored, as Ctrl-C is in a shell's background, or the system's own
+                self.leave()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

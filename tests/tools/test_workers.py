@@ -16,7 +16,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.states import Crashed, Scheduled
+from prefect.states import Scheduled
 
 from flows.automations import make_automations
 from flows.devices import LEASE_S
@@ -26,6 +26,21 @@ from tests.tools.toy_project import Toy, toy_with_server, wait_for
 
 pytestmark = pytest.mark.timeout(900)  # each wait has a limit of its own
 RL = ["train_policy", "sample_policy", "judge_policy"]
+
+
+# In one process, after its imports: the module's worker looks too, half a minute after the crash.
+CRASH_AND_LOOK = """
+import sys
+from uuid import UUID
+from prefect.client.orchestration import get_client
+from prefect.states import Crashed
+from flows.worker import look_for_missed
+with get_client(sync_client=True) as api:
+    api.set_flow_run_state(UUID(sys.argv[1]), Crashed(), force=True)
+look_for_missed(3600)
+sys.stderr.write("then\\n")
+look_for_missed(0)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +221,7 @@ def test_a_pipeline_that_the_server_left_crashed_is_scheduled_by_a_worker(toy: T
             found = api.read_deployment_by_name("rlhf/local")
             later = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(days=1))
             run = api.create_flow_run_from_deployment(found.id, state=later)
-            api.set_flow_run_state(run.id, Crashed(), force=True)
-        # In one process: the module's worker looks too, half a minute after the crash.
-        looks = "look(3600); sys.stderr.write('then\\n'); look(0)"
-        done = toy.run(sys.executable, "-c", f"import sys; from flows.worker import look_for_missed as look; {looks}")
+        done = toy.run(sys.executable, "-c", CRASH_AND_LOOK, str(run.id))
         assert done.returncode == 0, done.stderr
         early, late = done.stderr.split("then\n")
         assert run.name not in early
