@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from cell_queue import read_seconds
-from reports import describe_run, format_rows, write_report
+from reports import ROOT, describe_run, format_rows, write_report
 
-ROOT = Path(__file__).parents[1]
 TARGET = 0.02
 PARTS = ("publish_s", "ledger_s", "swap_s", "wait_for_rollouts_s", "checkpoint_s", "evaluate_s")
 

@@ -28,9 +28,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from reports import describe_run, format_rows, hash_files, read_report, write_report
+from reports import ROOT, describe_run, format_rows, hash_files, read_report, write_report
 
-ROOT = Path(__file__).parents[1]
 PROMPT_TOKENS = 64
 SIDES = ("learner", "generator")
 Point = dict[str, int]

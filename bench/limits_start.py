@@ -23,9 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reports import describe_run, format_rows, read_report, write_report
+from reports import ROOT, describe_run, format_rows, read_report, write_report
 
-ROOT = Path(__file__).parents[1]
 STAGES = (
     "prepare_model",
     "prepare_data",

@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from default_run import describe_machine
-from reports import git, hash_files, stage_environment, write_json
+from reports import ROOT, git, hash_files, stage_environment, write_json
 
-ROOT = Path(__file__).parents[1]
 ALGORITHMS = ("ppo", "remax", "rloo", "grpo", "online_dpo")
 WARM_UP = 1
 """Updates before the timed ones."""

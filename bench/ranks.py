@@ -26,7 +26,7 @@ import deepspeed  # noqa: F401  what its code takes is no rank's share
 import psutil
 import torch
 from default_run import describe_machine
-from reports import git, write_json
+from reports import ROOT, git, write_json
 
 from stages.common.entry import ENVIRONMENT_DEFAULTS
 from stages.data.text import TokenSequence
@@ -37,7 +37,6 @@ from stages.learner.trainable import load_trained_policy
 from stages.models.load import list_devices
 from stages.sft.train import make_loss_function, split_sequences
 
-ROOT = Path(__file__).parents[1]
 WARM_UP = 1
 """Updates before the timed ones; the first makes the optimizer's state."""
 ARMS: list[dict[str, Any]] = [
