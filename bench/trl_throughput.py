@@ -1,8 +1,7 @@
 """How many completions a second does a whole update take, against TRL's trainers on the same work?
 
-    python bench/trl_throughput.py --trl-python TRL_ENV/bin/python --rounds 5 \
-        --out docs/benchmarks/2026-11-21-trl-throughput.json
-    python bench/trl_throughput.py --table docs/benchmarks/2026-11-21-trl-throughput.json
+    python bench/trl_throughput.py --trl-python TRL_ENV/bin/python --rounds 5 --out FILE.json
+    python bench/trl_throughput.py --table docs/benchmarks/2026-11-24-trl-throughput.json
 
 Needs the artifacts of a pipeline that has run (data, SFT, reward model) and an environment made from
 requirements/trl.txt. A round runs every arm once, each in a process of its own on the same cores: a TRL trainer, ours
